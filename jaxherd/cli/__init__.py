@@ -1,0 +1,1 @@
+"""The `jaxherd` command: one file a verb."""

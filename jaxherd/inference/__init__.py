@@ -1,0 +1,1 @@
+"""Caches, sampling and generation."""

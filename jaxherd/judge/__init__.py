@@ -1,0 +1,1 @@
+"""Judging of agents and their work."""

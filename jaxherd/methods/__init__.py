@@ -1,0 +1,1 @@
+"""The papers' techniques, named by technique."""

@@ -1,0 +1,1 @@
+"""Architectures: one file each, read top to bottom."""

@@ -1,0 +1,1 @@
+"""Compile a run for a slice that is not here, and read what the compiler says."""

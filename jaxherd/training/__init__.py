@@ -1,0 +1,1 @@
+"""The jitted step and everything around it; knows no model."""

@@ -1,0 +1,1 @@
+"""Mapping tables between published checkpoints and our modules."""
