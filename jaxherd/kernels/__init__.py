@@ -1,1 +1,6 @@
 """Numerical kernels behind one call each; every one has an XLA reference that defines it."""
+
+from jaxherd.kernels.attention import AttentionMask, attention
+from jaxherd.kernels.grouped_matmul import grouped_matmul
+
+__all__ = ["AttentionMask", "attention", "grouped_matmul"]

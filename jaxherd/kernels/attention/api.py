@@ -1,0 +1,69 @@
+"""One entry to attention; `implementation` says which code runs."""
+
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.platform import platform
+from jaxherd.kernels.attention import reference
+from jaxherd.kernels.attention.mask import AttentionMask
+
+Implementation = Literal["reference", "xla", "splash"]
+IMPLEMENTATIONS = ("reference", "xla", "splash")
+
+# Below this many scores per head and row the whole score matrix is cheaper than a loop.
+_DENSE_SCORES = 1 << 20
+
+
+def attention(
+    q_BTHD: Float[Array, "B T N D"],
+    k_BSKD: Float[Array, "B S K D"],
+    v_BSKD: Float[Array, "B S K D"],
+    *,
+    mask: AttentionMask,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N D"]:
+    """Grouped-query attention under a lazily computed mask.
+
+    out = softmax(scale q k^T + mask) v; query head h uses key/value head h // (N / K).
+
+    Args:
+      q_BTHD: queries; N heads of size D.
+      k_BSKD, v_BSKD: keys and values; N must be a multiple of K.
+      mask: the rule over positions and segments.
+      scale: D**-0.5 by default.
+      implementation: "reference" (the definition), "xla" (blocked when long), "splash" (jax's
+        splash attention, TPU) or None, which takes splash on TPU where it applies and xla
+        otherwise.
+      interpret: run a Pallas implementation in interpret mode, for tests on CPU.
+    Returns:
+      [B, T, N, D] in the dtype of `q_BTHD`; a query that sees no key gives zeros.
+    Raises:
+      JaxherdError: an unknown implementation, or one that cannot run here.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise JaxherdError(
+            f"attention: no implementation {implementation!r}; "
+            + nearest(implementation, IMPLEMENTATIONS)
+        )
+    if q_BTHD.shape[2] % k_BSKD.shape[2]:
+        raise JaxherdError(
+            f"attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} "
+            "key/value heads."
+        )
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    if implementation is None:
+        from jaxherd.kernels.attention import splash
+
+        on_tpu = platform() == "tpu" and splash.unsupported(q_BTHD, k_BSKD, mask) is None
+        implementation = "splash" if on_tpu else "xla"
+    if implementation == "splash":
+        from jaxherd.kernels.attention import splash
+
+        return splash.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale, interpret=interpret)
+    if implementation == "xla" and q_BTHD.shape[1] * k_BSKD.shape[1] > _DENSE_SCORES:
+        return reference.attend_blocked(q_BTHD, k_BSKD, v_BSKD, mask, scale)
+    return reference.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale)

@@ -1,0 +1,99 @@
+"""Which keys a query sees, as a rule over positions and segments rather than as an array.
+
+Axis letters: B batch, T queries, S keys.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+MaskKind = Literal["bidirectional", "causal", "chunked", "sliding_window"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """A mask over positions that kernels evaluate block by block.
+
+    A query at position p of segment s sees a key at position r of segment s' when s = s', r >= 0,
+    p >= 0 and
+
+    - bidirectional: always;
+    - causal: r <= p;
+    - chunked: r <= p and p // size = r // size (block-diagonal, Llama 4);
+    - sliding_window: p - size < r <= p (`size` keys with the query's own).
+
+    Attributes:
+      q_positions_BT, k_positions_BS: positions inside the document; a negative one marks padding.
+      q_segments_BT, k_segments_BS: document of each token; None means one document a row.
+      kind, size: the rule; `size` is in positions.
+      self_attention: queries and keys are the same tokens in the same order, positions never
+        decrease by array index inside a segment, so a local rule needs only neighbouring blocks.
+      contiguous: in addition every row is positions 0..T-1 of one segment, so that the rule holds
+        for array indices and whole blocks can be skipped when compiling.
+    """
+
+    q_positions_BT: Int[Array, "B T"]
+    k_positions_BS: Int[Array, "B S"]
+    q_segments_BT: Int[Array, "B T"] | None = None
+    k_segments_BS: Int[Array, "B S"] | None = None
+    kind: MaskKind = dataclasses.field(default="causal", metadata={"static": True})
+    size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    self_attention: bool = dataclasses.field(default=False, metadata={"static": True})
+    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a query sees at most `size` keys."""
+        return self.kind in ("chunked", "sliding_window")
+
+    def dense(self) -> Bool[Array, "B T S"]:
+        """Return the mask as an array."""
+        p, r = self.q_positions_BT[:, :, None], self.k_positions_BS[:, None, :]
+        seen = (p >= 0) & (r >= 0)
+        if self.kind != "bidirectional":
+            seen &= r <= p
+        if self.kind == "chunked":
+            seen &= p // self.size == r // self.size
+        elif self.kind == "sliding_window":
+            seen &= r > p - self.size
+        if self.q_segments_BT is not None and self.k_segments_BS is not None:
+            seen &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
+        return seen
+
+    def keys(self, start, length: int) -> "AttentionMask":
+        """Return the mask of `length` keys from index `start` (may be traced)."""
+
+        def cut(x):
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+
+        return dataclasses.replace(
+            self,
+            k_positions_BS=cut(self.k_positions_BS),
+            k_segments_BS=cut(self.k_segments_BS),
+            self_attention=False,
+            contiguous=False,
+        )
+
+    def queries(self, start, length: int) -> "AttentionMask":
+        """Return the mask of `length` queries from index `start` (may be traced)."""
+
+        def cut(x):
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, length, axis=1)
+
+        return dataclasses.replace(
+            self,
+            q_positions_BT=cut(self.q_positions_BT),
+            q_segments_BT=cut(self.q_segments_BT),
+            self_attention=False,
+            contiguous=False,
+        )
+
+
+def causal_mask(tokens_shape: tuple[int, int]) -> AttentionMask:
+    """Return the causal mask of rows that are one whole document each."""
+    positions = jnp.broadcast_to(jnp.arange(tokens_shape[1], dtype=jnp.int32), tokens_shape)
+    return AttentionMask(positions, positions, self_attention=True, contiguous=True)

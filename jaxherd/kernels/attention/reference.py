@@ -1,0 +1,103 @@
+"""The definition of attention in plain XLA, and a blocked form of it for long sequences.
+
+Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from jaxherd.kernels.attention.mask import AttentionMask
+
+# Finite, so that a row without any key gives zeros instead of NaN in values and gradients.
+_MASKED = -1e30
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale q k^T + mask) v with scores and softmax in float32.
+
+    Query head h uses key/value head h // (N / K).  A query that sees no key gives zeros.
+    """
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = rearrange(q_BTNH, "B T (K G) H -> B T K G H", K=kv_heads)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32
+    )
+    seen_B11TS = mask.dense()[:, None, None]
+    scores_BKGTS = jnp.where(seen_B11TS, scores_BKGTS, _MASKED)
+    peak = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
+    weights_BKGTS = jnp.where(seen_B11TS, jnp.exp(scores_BKGTS - peak), 0.0)
+    total = weights_BKGTS.sum(axis=-1, keepdims=True)
+    weights_BKGTS = weights_BKGTS / jnp.where(total > 0, total, 1.0)
+    out_BTKGH = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        weights_BKGTS.astype(v_BSKH.dtype),
+        v_BSKH,
+        preferred_element_type=jnp.float32,
+    )
+    return rearrange(out_BTKGH, "B T K G H -> B T (K G) H").astype(q_BTNH.dtype)
+
+
+def attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, block: int = 512):
+    """Equal to `attend`, one block of queries at a time; scores are recomputed in the gradient.
+
+    Memory is O(block * S) instead of O(T * S).  In self-attention under a local rule each block
+    reads only the keys that it can see, so the cost is O(T * size).
+    """
+    batch, length = q_BTNH.shape[:2]
+    block = min(block, length)
+    local = mask.is_local and mask.self_attention
+    reach = _reach(mask, block) if local else 0
+    pad = -length % block
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    mask = _padded(mask, pad, reach, pad if local else 0)
+    if local:
+        widths = ((0, 0), (reach, pad), (0, 0), (0, 0))
+        k_BSKH, v_BSKH = jnp.pad(k_BSKH, widths), jnp.pad(v_BSKH, widths)
+
+    @jax.checkpoint
+    def one(start):
+        q = jax.lax.dynamic_slice_in_dim(q_BTNH, start, block, axis=1)
+        part = mask.queries(start, block)
+        k, v = k_BSKH, v_BSKH
+        if local:
+            part = part.keys(start, reach + block)
+            k = jax.lax.dynamic_slice_in_dim(k, start, reach + block, axis=1)
+            v = jax.lax.dynamic_slice_in_dim(v, start, reach + block, axis=1)
+        return attend(q, k, v, part, scale)
+
+    out = jax.lax.map(one, jnp.arange(0, length + pad, block))
+    return rearrange(out, "n B t N H -> B (n t) N H")[:, :length]
+
+
+def _reach(mask: AttentionMask, block: int) -> int:
+    """How many keys before its own block a block of queries can see, at most."""
+    assert mask.size is not None
+    if mask.kind == "chunked" and mask.contiguous and mask.size % block == 0:
+        return mask.size - block
+    return math.ceil((mask.size - 1) / block) * block
+
+
+def _padded(mask: AttentionMask, q_after: int, k_before: int, k_after: int) -> AttentionMask:
+    def pad(x, before, after, value):
+        if x is None:
+            return None
+        return jnp.pad(x, ((0, 0), (before, after)), constant_values=value)
+
+    return dataclasses.replace(
+        mask,
+        q_positions_BT=pad(mask.q_positions_BT, 0, q_after, -1),
+        q_segments_BT=pad(mask.q_segments_BT, 0, q_after, 0),
+        k_positions_BS=pad(mask.k_positions_BS, k_before, k_after, -1),
+        k_segments_BS=pad(mask.k_segments_BS, k_before, k_after, 0),
+    )
