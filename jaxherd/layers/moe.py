@@ -1,0 +1,251 @@
+"""Mixture of routed experts with a shared expert, dropless, on one device or many.
+
+Axis letters: B batch, T time, N tokens of one device, D width, E experts, F hidden width,
+k experts a token, R = N k rows.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from jaxherd.core import sharding
+from jaxherd.core.modules import Module, buffer, parameter
+from jaxherd.kernels.grouped_matmul import grouped_matmul
+from jaxherd.layers.exchange import exchange_rows
+from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
+from jaxherd.layers.linear import normal
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Routed experts.
+
+    Attributes:
+      num_experts, top_k: experts, and how many each token meets.
+      hidden_dim: F of one routed expert.
+      shared_dim: F of the shared expert that every token meets; None for no shared expert.
+      score: gate from the router logit: "sigmoid" (Llama 4, no renormalisation) or "softmax"
+        over all experts.
+      scale: where the gate multiplies: the expert's "input" (Llama 4) or "output".
+      renormalize: divide the gates of a token's experts by their sum.
+      selection_bias: keep an untrained bias that is added for the choice of experts only; a
+        training recipe may update it to balance the load (llama4.md section 3: not Meta's
+        disclosed recipe).
+
+    Source: llama4.md section 3.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_dim: int
+    shared_dim: int | None = None
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    scale: Literal["input", "output"] = "input"
+    renormalize: bool = False
+    selection_bias: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is not between 1 and {self.num_experts} experts")
+
+    def num_params(self, embed_dim: int) -> int:
+        """Return the number of parameters for model width `embed_dim`."""
+        routed = 3 * embed_dim * self.hidden_dim * self.num_experts
+        return routed + embed_dim * self.num_experts + 3 * embed_dim * (self.shared_dim or 0)
+
+    def active_params(self, embed_dim: int) -> int:
+        """Return the parameters that one token meets, the router's included."""
+        routed = 3 * embed_dim * self.hidden_dim * self.top_k
+        return routed + embed_dim * self.num_experts + 3 * embed_dim * (self.shared_dim or 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """Sums over tokens, so that they add up over devices and microbatches.
+
+    Attributes:
+      load_E: how many rows each expert got.
+      probability_E: sum of the softmax of the router logits (for the auxiliary loss; from the
+        logits and not the sigmoid scores, llama4.md trap 18).
+      z: sum of logsumexp(logits)^2.
+      tokens: how many tokens count.
+    """
+
+    load_E: jax.Array
+    probability_E: jax.Array
+    z: jax.Array
+    tokens: jax.Array
+
+
+class Moe(Module):
+    """y = shared(x) + sum over chosen experts e of expert_e(gate_e x)  (scale = "input")."""
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        embed_dim: int,
+        *,
+        key: jax.Array,
+        std: float = 0.02,
+        out_std: float | None = None,
+    ):
+        r, a, b, c, s = jax.random.split(key, 5)
+        experts, hidden = config.num_experts, config.hidden_dim
+        out_std = std if out_std is None else out_std
+        inward = ("expert", "embed", "expert_mlp")
+        self.config = config
+        self.router = parameter(normal(r, (embed_dim, experts), std), ("embed", None))
+        self.gate = parameter(normal(a, (experts, embed_dim, hidden), std), inward)
+        self.up = parameter(normal(b, (experts, embed_dim, hidden), std), inward)
+        self.down = parameter(
+            normal(c, (experts, hidden, embed_dim), out_std), ("expert", "expert_mlp", "embed")
+        )
+        self.selection_bias = buffer(jnp.zeros(experts), (None,)) if config.selection_bias else None
+        self.shared = (
+            FeedForward(
+                FeedForwardConfig(config.shared_dim), embed_dim, key=s, std=std, out_std=out_std
+            )
+            if config.shared_dim
+            else None
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        counted_BT: jax.Array | None = None,
+        *,
+        implementation: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """Return the output and the router's statistics.
+
+        Args:
+          x_BTD: normalised input.
+          counted_BT: which tokens the statistics count (padding does not); all by default.
+          implementation: see `jaxherd.kernels.grouped_matmul`.
+        """
+        if counted_BT is None:
+            counted_BT = jnp.ones(x_BTD.shape[:2], bool)
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD, self.router[...].astype(x_BTD.dtype))
+        bias_E = None if self.selection_bias is None else self.selection_bias[...]
+        chosen_BTk, gates_BTk = route(logits_BTE, self.config, bias_E)
+        stats = _stats(logits_BTE, chosen_BTk, counted_BT, self.config)
+        routed_BTD = self._routed(x_BTD, chosen_BTk, gates_BTk, implementation)
+        if self.shared is not None:
+            routed_BTD = routed_BTD + self.shared(x_BTD)
+        return routed_BTD, stats
+
+    def _routed(self, x_BTD, chosen_BTk, gates_BTk, implementation):
+        weights = (self.gate[...], self.up[...], self.down[...])
+        partitioner = sharding.active()
+        if partitioner is None or partitioner.mesh.size == 1:
+            return _experts_of_device(
+                x_BTD, chosen_BTk, gates_BTk, *weights, self.config, implementation
+            )
+        tokens = partitioner.spec(("batch", "length", None))
+        columns = partitioner.spec((None, None, "expert_mlp"))[2]
+        experts = partitioner.spec(("expert",))[0]
+        expert_axis, tensor_axes = _axis_names(experts), _axis_names(columns)
+        partitioner.check_divisible(
+            ("expert",), partitioner.spec(("expert",)), (self.config.num_experts,), "experts"
+        )
+
+        def local(x, chosen, gates, gate, up, down):
+            return _experts_of_device(
+                x, chosen, gates, gate, up, down, self.config, implementation,
+                expert_axis[0] if expert_axis else None, tensor_axes,
+            )  # fmt: skip
+
+        P = jax.sharding.PartitionSpec
+        return jax.shard_map(
+            local,
+            mesh=partitioner.mesh,
+            in_specs=(tokens, tokens, tokens, P(experts, None, columns), P(experts, None, columns),
+                      P(experts, columns, None)),
+            out_specs=tokens,
+            check_vma=False,
+        )(x_BTD, chosen_BTk, gates_BTk, *weights)  # fmt: skip
+
+
+def _axis_names(part) -> tuple[str, ...]:
+    return () if part is None else ((part,) if isinstance(part, str) else tuple(part))
+
+
+def route(logits_BTE, config: MoeConfig, bias_E=None):
+    """Return (experts [B, T, k] int32, gates [B, T, k] in the logits' dtype).
+
+    sigmoid: g_e = sigmoid(z_e) for the chosen, computed in float32; no softmax, no
+    renormalisation unless the config asks for it.
+    """
+    logits32 = logits_BTE.astype(jnp.float32)
+    scores = (
+        jax.nn.sigmoid(logits32) if config.score == "sigmoid" else jax.nn.softmax(logits32, axis=-1)
+    )
+    if bias_E is None:
+        _, chosen_BTk = jax.lax.top_k(logits32, config.top_k)
+    else:
+        _, chosen_BTk = jax.lax.top_k(scores + jax.lax.stop_gradient(bias_E), config.top_k)
+    gates_BTk = jnp.take_along_axis(scores, chosen_BTk, axis=-1)
+    if config.renormalize:
+        gates_BTk = gates_BTk / gates_BTk.sum(axis=-1, keepdims=True)
+    return chosen_BTk.astype(jnp.int32), gates_BTk.astype(logits_BTE.dtype)
+
+
+def _stats(logits_BTE, chosen_BTk, counted_BT, config: MoeConfig) -> RouterStats:
+    logits32 = logits_BTE.astype(jnp.float32)
+    counted = counted_BT.astype(jnp.float32)
+    rows_BTE = jax.nn.one_hot(chosen_BTk, config.num_experts, dtype=jnp.float32).sum(axis=2)
+    z_BT = jax.nn.logsumexp(logits32, axis=-1) ** 2
+    return RouterStats(
+        load_E=jnp.einsum("BTE,BT->E", rows_BTE, counted),
+        probability_E=jnp.einsum("BTE,BT->E", jax.nn.softmax(logits32, axis=-1), counted),
+        z=(z_BT * counted).sum(),
+        tokens=counted.sum(),
+    )
+
+
+def _experts_of_device(
+    x_BTD,
+    chosen_BTk,
+    gates_BTk,
+    gate_EDF,
+    up_EDF,
+    down_EFD,
+    config: MoeConfig,
+    implementation,
+    expert_axis: str | None = None,
+    tensor_axes: tuple[str, ...] = (),
+):
+    """Sort rows by expert, send them to the experts' owners, compute, return, sum over k."""
+    batch = x_BTD.shape[0]
+    x_ND = rearrange(x_BTD, "B T D -> (B T) D")
+    expert_R = rearrange(chosen_BTk, "B T k -> (B T k)")
+    gate_R1 = rearrange(gates_BTk, "B T k -> (B T k) 1")
+    order_R = jnp.argsort(expert_R, stable=True)
+    rows_RD = jnp.take(x_ND, order_R // config.top_k, axis=0)
+    sorted_gate_R1 = jnp.take(gate_R1, order_R, axis=0)
+    if config.scale == "input":
+        rows_RD = rows_RD * sorted_gate_R1
+    sizes_E = jnp.bincount(expert_R, length=config.num_experts).astype(jnp.int32)
+
+    def compute(rows, sizes):
+        def product(a, w):
+            return grouped_matmul(a, w, sizes, implementation=implementation)
+
+        return product(jax.nn.silu(product(rows, gate_EDF)) * product(rows, up_EDF), down_EFD)
+
+    if expert_axis is None:
+        out_RD = compute(rows_RD, sizes_E)
+    else:
+        out_RD = exchange_rows(compute, rows_RD, sizes_E, expert_axis)
+    if tensor_axes:
+        out_RD = jax.lax.psum(out_RD, tensor_axes)
+    if config.scale == "output":
+        out_RD = out_RD * sorted_gate_R1
+    back_R = jnp.argsort(order_R)
+    out_NkD = rearrange(jnp.take(out_RD, back_R, axis=0), "(N k) D -> N k D", k=config.top_k)
+    return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)

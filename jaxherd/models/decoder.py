@@ -1,0 +1,384 @@
+"""The decoder family: one architecture whose config describes every layer.
+
+Llama, SmolLM2, MobileLLM (with block sharing), MobileLLM-Pro and the Llama 4 text models are
+configs of it (`jaxherd.models.presets`).
+
+    h = embed(tokens);  for each layer: h += attention(norm(h)); h += feed_forward(norm(h))
+    logits = unembed(norm(h))
+
+Layers of one pattern are stacked and scanned over; a pattern of several different layers is
+scanned over its period, so that 48 layers compile as four.
+
+Axis letters: B batch, T tokens, D width, V vocabulary.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxherd.core.modules import (
+    Module,
+    ModuleList,
+    abstract,
+    flatten,
+    split,
+    stacked,
+    unflatten,
+)
+from jaxherd.core.remat import checkpointed
+from jaxherd.layers.attention import Attention, AttentionConfig, SequenceInfo
+from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
+from jaxherd.layers.kv_cache import LayerCache
+from jaxherd.layers.linear import Embedding, Linear, RMSNorm, residual
+from jaxherd.layers.moe import Moe, MoeConfig, RouterStats
+from jaxherd.models.periods import Segment, find_segments, locate
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """One block: its attention and its feed-forward part."""
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig | MoeConfig
+
+    def num_params(self, embed_dim: int) -> int:
+        """Return the parameters of the block, its two norms included."""
+        parts = self.attention.num_params(embed_dim) + self.feed_forward.num_params(embed_dim)
+        return parts + 2 * embed_dim
+
+    def active_params(self, embed_dim: int) -> int:
+        """Return the parameters that one token meets."""
+        attention = self.attention.num_params(embed_dim)
+        return attention + self.feed_forward.active_params(embed_dim) + 2 * embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+      vocab_size, embed_dim: V and D.
+      layers: one entry a layer, in order.
+      norm_eps: of the RMS norms.
+      tie_embeddings: score tokens with the embedding table.
+      repeats, repeat_order: block sharing (mobilellm.md section 3): each block runs `repeats`
+        times; "immediate" B1 B1 B2 B2, "all_over" B1 B2 B1 B2, "reverse" B1 B2 B2 B1.  Every use
+        has its own cache entry.
+      init_std: of all weight matrices; `scale_residual_init` divides that of output projections
+        by sqrt(2 L).
+      max_length: longest sequence the published model was made for.
+      scan_layers: stack layers and scan over their period (quick to compile); False keeps every
+        layer's arrays apart, which decodes faster where XLA would copy a layer out of its stack.
+      attention_implementation, moe_implementation: see `jaxherd.kernels`; None picks by platform.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    repeats: int = 1
+    repeat_order: Literal["immediate", "all_over", "reverse"] = "immediate"
+    init_std: float = 0.02
+    scale_residual_init: bool = False
+    max_length: int = 8192
+    scan_layers: bool = True
+    attention_implementation: str | None = None
+    moe_implementation: str | None = None
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+
+    def build(self, key: jax.Array) -> "Decoder":
+        """Return the module with freshly drawn parameters."""
+        return Decoder(self, key=key)
+
+    def num_params(self) -> int:
+        """Return the exact number of parameters; a shared table or block counts once."""
+        tables = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+        return tables + self.embed_dim + sum(x.num_params(self.embed_dim) for x in self.layers)
+
+    def active_params(self) -> int:
+        """Return the parameters that one token meets, both embedding tables included."""
+        tables = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+        return tables + self.embed_dim + sum(x.active_params(self.embed_dim) for x in self.layers)
+
+    def forward_flops(self, batch: int, length: int) -> float:
+        """Return FLOPs of one forward pass over `batch` sequences of `length` tokens.
+
+        Two per multiply-add; matrices by their active parameters (norm weights and the lookup of
+        tokens do no products), attention by the pairs its rule lets through.
+        """
+        d = self.embed_dim
+        weights = sum(layer.active_params(d) - 2 * d for layer in self.layers) * self.repeats
+        scores = sum(x.attention.score_flops(length) for x in self.layers) * self.repeats
+        return batch * (2.0 * length * (weights + d * self.vocab_size) + scores)
+
+    def train_flops(self, batch: int, length: int) -> float:
+        """Return FLOPs of one training step: forward, and twice that for the gradient.
+
+        What remat computes again is no useful work and does not count.
+        """
+        return 3.0 * self.forward_flops(batch, length)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Return the runs of periodic layers that are scanned."""
+        if not self.scan_layers:
+            return tuple(Segment((layer,), 1) for layer in self.layers)
+        return find_segments(self.layers)
+
+    @property
+    def passes(self) -> int:
+        """How often the whole stack runs."""
+        return 1 if self.repeat_order == "immediate" else self.repeats
+
+    @property
+    def uses(self) -> int:
+        """How often a block runs in a row."""
+        return self.repeats if self.repeat_order == "immediate" else 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass gives.
+
+    Attributes:
+      hidden_BTD: after the final norm.
+      cache: with the new tokens, when one was given.
+      router: one `RouterStats` for each scanned block that routes, leading axes (uses, repeats).
+    """
+
+    hidden_BTD: jax.Array
+    cache: "DecoderCache | None"
+    router: tuple[RouterStats, ...]
+
+
+# cache[pass][segment][block][use]: a `LayerCache` stacked over the segment's repetitions.
+DecoderCache = tuple[tuple[tuple[tuple[LayerCache, ...], ...], ...], ...]
+
+
+class Block(Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: LayerConfig, model: DecoderConfig, *, key: jax.Array):
+        a, f = jax.random.split(key)
+        d, std = model.embed_dim, model.init_std
+        out_std = std
+        if model.scale_residual_init:
+            out_std = std / (2 * len(model.layers) * model.repeats) ** 0.5
+        self.attention_norm = RMSNorm(d, model.norm_eps)
+        self.attention = Attention(config.attention, d, key=a, std=std, out_std=out_std)
+        self.feed_forward_norm = RMSNorm(d, model.norm_eps)
+        kind = Moe if isinstance(config.feed_forward, MoeConfig) else FeedForward
+        self.feed_forward = kind(config.feed_forward, d, key=f, std=std, out_std=out_std)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        info: SequenceInfo,
+        cache: LayerCache | None,
+        model: DecoderConfig,
+        cache_is_empty: bool,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterStats | None]:
+        """Return the residual stream, the cache and the router's statistics."""
+        attended_BTD, cache = self.attention(
+            self.attention_norm(x_BTD),
+            info,
+            cache,
+            cache_is_empty=cache_is_empty,
+            implementation=model.attention_implementation,
+        )
+        x_BTD = residual(x_BTD + checkpoint_name(attended_BTD, "attention_out"))
+        normed_BTD, stats = self.feed_forward_norm(x_BTD), None
+        if isinstance(self.feed_forward, Moe):
+            counted_BT = info.positions_BT >= 0
+            if info.segments_BT is not None:
+                counted_BT &= info.segments_BT > 0
+            y_BTD, stats = self.feed_forward(
+                normed_BTD, counted_BT, implementation=model.moe_implementation
+            )
+        else:
+            y_BTD = self.feed_forward(normed_BTD)
+        return residual(x_BTD + y_BTD), cache, stats
+
+
+class Decoder(Module):
+    """The model; call it for logits, or `forward` for hidden states, cache and statistics."""
+
+    def __init__(self, config: DecoderConfig, *, key: jax.Array):
+        e, u, b = jax.random.split(key, 3)
+        d = config.embed_dim
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, d, key=e, std=config.init_std)
+        segments = []
+        for index, segment in enumerate(config.segments()):
+            keys = jax.random.split(jax.random.fold_in(b, index), len(segment.pattern))
+            segments.append(
+                ModuleList(
+                    stacked(lambda k, c=layer: Block(c, config, key=k), key_of, segment.count)
+                    for layer, key_of in zip(segment.pattern, keys)
+                )
+            )
+        self.segments = ModuleList(segments)
+        self.final_norm = RMSNorm(d, config.norm_eps)
+        self.unembedding = (
+            None
+            if config.tie_embeddings
+            else Linear(d, config.vocab_size, ("embed", "vocab"), key=u, std=config.init_std)
+        )
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Return float32 logits.
+
+        Args:
+          tokens_BT: token ids.
+          positions: inside each document, from 0; negative marks padding.  Without them every row
+            is one document.
+          segment_ids: document of each token when rows are packed; 0 marks padding.
+        """
+        output = self.forward(tokens_BT, positions=positions, segment_ids=segment_ids)
+        return self.unembed(output.hidden_BTD)
+
+    def forward(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: DecoderCache | None = None,
+        cache_is_empty: bool = False,
+        remat: str = "none",
+    ) -> DecoderOutput:
+        """Return hidden states, the updated cache and router statistics.
+
+        Args:
+          tokens_BT, positions, segment_ids: as for `__call__`; with a cache, positions are needed.
+          cache: from `init_cache`; the tokens attend to what it holds and to each other.
+          cache_is_empty: nothing was written to the cache yet.
+          remat: a policy of `jaxherd.core.remat`.
+        """
+        config = self.config
+        contiguous = positions is None and segment_ids is None
+        if positions is None:
+            row = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(row, tokens_BT.shape)
+        attentions = tuple(layer.attention for layer in config.layers)
+        info = SequenceInfo.create(positions, segment_ids, attentions, contiguous=contiguous)
+        x_BTD = residual(self.embedding(tokens_BT))
+        new_cache, stats = [], []
+        for number in range(config.passes):
+            backwards = config.repeat_order == "reverse" and number % 2 == 1
+            of_pass = [() for _ in self.segments]
+            for index in _ordered(range(len(self.segments)), backwards):
+                given = None if cache is None else cache[number][index]
+                x_BTD, of_pass[index], seen = self._run_segment(
+                    index, x_BTD, info, given, backwards, cache_is_empty, remat
+                )
+                stats.extend(seen)
+            new_cache.append(tuple(of_pass))
+        hidden_BTD = self.final_norm(x_BTD)
+        return DecoderOutput(hidden_BTD, tuple(new_cache) if cache else None, tuple(stats))
+
+    def _run_segment(self, index, x_BTD, info, cache, backwards, cache_is_empty, remat):
+        """Scan over the repetitions of a segment; returns (x, its cache, its statistics)."""
+        config, blocks = self.config, tuple(self.segments[index])
+        empty = ((None,) * config.uses,) * len(blocks)
+
+        def body(x, scanned):
+            blocks, caches = scanned
+            new, stats = {}, []
+            for number in _ordered(range(len(blocks)), backwards):
+                uses = []
+                for use in range(config.uses):
+                    x, written, seen = blocks[number](
+                        x, info, caches[number][use], config, cache_is_empty
+                    )
+                    uses.append(written)
+                    stats.append(seen)
+                new[number] = tuple(uses)
+            ordered = tuple(new[number] for number in range(len(blocks)))
+            return x, (ordered, tuple(s for s in stats if s is not None))
+
+        body = checkpointed(body, remat)
+        scanned = (blocks, cache if cache is not None else empty)
+        if config.segments()[index].count > 1:
+            x_BTD, (new, stats) = jax.lax.scan(body, x_BTD, scanned, reverse=backwards)
+            return x_BTD, new, stats
+        # A single repetition needs no loop; its arrays stay where they are.
+        x_BTD, outputs = body(x_BTD, jax.tree.map(lambda leaf: leaf[0], scanned))
+        new, stats = jax.tree.map(lambda leaf: leaf[None], outputs)
+        return x_BTD, new, stats
+
+    def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Return float32 logits of hidden states."""
+        if self.unembedding is None:
+            return self.embedding.attend(hidden).astype(jnp.float32)
+        return self.unembedding(hidden).astype(jnp.float32)
+
+    def init_cache(self, batch: int, max_length: int, dtype=None) -> DecoderCache:
+        """Return an empty cache for sequences of up to `max_length` tokens.
+
+        Local layers hold `size` positions, full layers `max_length`; every use of a shared block
+        has an entry of its own.
+        """
+        dtype = self.embedding.table[...].dtype if dtype is None else dtype
+
+        def of_block(layer: LayerConfig, count: int):
+            a = layer.attention
+            capacity = a.cache_capacity(max_length)
+            return tuple(
+                LayerCache.empty((count,), batch, capacity, a.num_kv_heads, a.head_dim, dtype)
+                for _ in range(self.config.uses)
+            )
+
+        def of_pass():
+            return tuple(
+                tuple(of_block(layer, segment.count) for layer in segment.pattern)
+                for segment in self.config.segments()
+            )
+
+        return tuple(of_pass() for _ in range(self.config.passes))
+
+
+def _ordered(numbers: range, backwards: bool) -> list[int]:
+    return list(reversed(numbers)) if backwards else list(numbers)
+
+
+def restack(module: Decoder, *, scan_layers: bool) -> Decoder:
+    """Return the same model with its layers stacked for scanning, or each on its own.
+
+    Values are copied, not changed; logits are the same up to the order of float additions.
+    """
+    old = module.config.segments()
+    config = dataclasses.replace(module.config, scan_layers=scan_layers)
+    definition, params, buffers = split(abstract(config.build, jax.random.key(0)))
+    _, old_params, old_buffers = split(module)
+
+    def convert(target: dict, source: dict) -> dict:
+        source_of, new = flatten(source), {}
+        for name in flatten(target):
+            if not name.startswith("segments/"):
+                new[name] = source_of[name]
+                continue
+            _, index, block, rest = name.split("/", 3)
+            first = sum(s.length for s in config.segments()[: int(index)]) + int(block)
+            segment, pieces = config.segments()[int(index)], []
+            for repetition in range(segment.count):
+                s, b, r = locate(old, first + repetition * len(segment.pattern))
+                pieces.append(source_of[f"segments/{s}/{b}/{rest}"][r])
+            new[name] = jnp.stack(pieces)
+        return unflatten(new)
+
+    return definition.merge(convert(params, old_params), convert(buffers, old_buffers))
