@@ -1,0 +1,163 @@
+"""Optimisers and schedules as frozen configs over optax."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.modules import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate over steps: linear warm-up from zero to `peak`, then a decay.
+
+    Kinds: "cosine" and "linear" go from `peak` to `final * peak` at the last step; "wsd" stays at
+    the peak and falls linearly over the last `decay_fraction` of the steps; "constant" stays;
+    "inverse_sqrt" falls with sqrt(warmup_steps / step).
+    """
+
+    peak: float = 3e-4
+    kind: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
+    warmup_steps: int = 100
+    final: float = 0.1
+    decay_fraction: float = 0.2
+
+    def build(self, total_steps: int) -> optax.Schedule:
+        """Return the optax schedule for a run of `total_steps`.
+
+        Raises:
+          JaxherdError: the warm-up is longer than the run.
+        """
+        if self.warmup_steps >= total_steps and self.kind != "constant":
+            raise JaxherdError(
+                f"schedule: warmup_steps={self.warmup_steps} leaves nothing of a run of "
+                f"{total_steps} steps; lower one or raise the other."
+            )
+        left = max(total_steps - self.warmup_steps, 1)
+        if self.kind == "cosine":
+            after = optax.cosine_decay_schedule(self.peak, left, alpha=self.final)
+        elif self.kind == "linear":
+            after = optax.linear_schedule(self.peak, self.peak * self.final, left)
+        elif self.kind == "wsd":
+            fall = max(int(left * self.decay_fraction), 1)
+            after = optax.linear_schedule(self.peak, self.peak * self.final, fall, left - fall)
+        elif self.kind == "inverse_sqrt":
+            scale = max(self.warmup_steps, 1)
+
+            def after(step):
+                return self.peak * jnp.sqrt(scale / (scale + step))
+        else:
+            after = optax.constant_schedule(self.peak)
+        if self.warmup_steps == 0:
+            return after
+        rise = optax.linear_schedule(0.0, self.peak, self.warmup_steps)
+        return optax.join_schedules([rise, after], [self.warmup_steps])
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax optimiser with clipping, decay of matrices only, and a schedule.
+
+    Attributes:
+      kind: which optimiser; "muon" takes matrices and leaves the rest to AdamW.
+      weight_decay: decoupled, not applied to variables with fewer than two named dimensions
+        (norm scales, biases).
+      clip: largest global gradient norm; None leaves gradients as they are.
+      moment_dtype: of Adam's first moment, such as "bfloat16"; None keeps the parameters'.
+    """
+
+    kind: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = "adamw"
+    schedule: Schedule = Schedule()
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    moment_dtype: str | None = None
+
+    def build(self, total_steps: int, axes: Tree) -> optax.GradientTransformation:
+        """Return the optax transformation.
+
+        Args:
+          total_steps: of the run, for the schedule.
+          axes: logical axes of the parameters, for the mask of the weight decay.
+        """
+        rate = self.schedule.build(total_steps)
+        mask = decay_mask(axes)
+        if self.kind == "adamw":
+            core = optax.adamw(
+                rate,
+                self.beta1,
+                self.beta2,
+                self.eps,
+                weight_decay=self.weight_decay,
+                mask=mask,
+                mu_dtype=self.moment_dtype,
+            )
+        elif self.kind == "lion":
+            core = optax.lion(
+                rate,
+                self.beta1,
+                self.beta2,
+                weight_decay=self.weight_decay,
+                mask=mask,
+                mu_dtype=self.moment_dtype,
+            )
+        elif self.kind == "adafactor":
+            core = optax.adafactor(
+                rate, weight_decay_rate=self.weight_decay or None, weight_decay_mask=mask
+            )
+        elif self.kind == "muon":
+            core = optax.contrib.muon(
+                rate,
+                weight_decay=self.weight_decay,
+                weight_decay_mask=mask,
+                adam_b1=self.beta1,
+                adam_b2=self.beta2,
+            )
+        else:
+            core = optax.chain(
+                optax.add_decayed_weights(self.weight_decay, mask), optax.sgd(rate, self.beta1)
+            )
+        if self.clip is None:
+            return core
+        return optax.chain(optax.clip_by_global_norm(self.clip), core)
+
+
+def decay_mask(axes: Tree) -> Tree:
+    """Return True for variables with at least two named dimensions besides stacked layers."""
+    return jax.tree.map(
+        lambda names: sum(name != "layers" for name in names) >= 2,
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: Any, param_shardings: Any, other: Any
+) -> Any:
+    """Return shardings of the optimiser state: moments like their parameters, `other` elsewhere.
+
+    Args:
+      optimizer: the transformation.
+      params: abstract parameters.
+      param_shardings: a like tree.
+      other: the sharding of counters and of leaves whose shape is no parameter's.
+    """
+    state = jax.eval_shape(optimizer.init, params)
+
+    def like(leaf, parameter, sharding):
+        return sharding if leaf.shape == parameter.shape else other
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        like,
+        state,
+        params,
+        param_shardings,
+        transform_non_params=lambda _: other,
+    )

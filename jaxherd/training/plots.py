@@ -1,0 +1,101 @@
+"""Figures in the house style; needs the extra `report`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxherd.core.errors import missing_extra
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5a9e", "#e0912f", "#4d4d4d")
+
+
+def new_figure(width: float = 7.0, height: float = 3.6) -> tuple[Any, Any]:
+    """Return (figure, axes) without a window system.
+
+    Raises:
+      MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "report", "drawing plots") from error
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the running mean over up to `window` last values."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def curves(
+    path: Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_y: bool = False,
+    window: int = 1,
+    marked: Sequence[str] = (),
+) -> None:
+    """Draw named (x, y) curves; with `window` the running mean over a pale raw curve.
+
+    Args:
+      marked: names drawn as points joined by a line.
+    """
+    figure, axes = new_figure()
+    for number, (name, (x, y)) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        values = np.asarray(y, float)
+        if name in marked:
+            axes.plot(x, values, "o-", color=colour, label=name, markersize=4)
+            continue
+        if window > 1 and len(values) > window:
+            axes.plot(x, values, color=colour, alpha=0.2, linewidth=0.7)
+            values = smooth(values, window)
+        axes.plot(x, values, color=colour, label=name, linewidth=1.6)
+    if log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def heat_map(
+    path: Path,
+    values: np.ndarray,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    value_label: str,
+    x_ticks: Sequence[str] | None = None,
+    y_ticks: Sequence[str] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw a matrix [y, x] as colours with a bar."""
+    figure, axes = new_figure(7.0, max(2.4, 0.35 * values.shape[0] + 1.4))
+    low, high = limits or (float(np.nanmin(values)), float(np.nanmax(values)))
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+    figure.colorbar(image, ax=axes, label=value_label)
+    axes.grid(False)
+    if x_ticks is not None:
+        axes.set_xticks(range(len(x_ticks)), x_ticks)
+    if y_ticks is not None:
+        axes.set_yticks(range(len(y_ticks)), y_ticks)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

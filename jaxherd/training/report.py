@@ -1,0 +1,139 @@
+"""What a training stage tells afterwards: a Markdown section with plots, from its own log."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxherd.training import plots
+from jaxherd.training.loggers import read_records
+
+# Metrics of routing and guards have plots of their own, or say little in a table.
+_HIDDEN = ("expert_load", "guard/", "balance", "router_z")
+
+
+def stage_report(stage: Any, folder: Path) -> str:
+    """Return the section of `report.md` for a stage whose `metrics.jsonl` is in `folder`."""
+    records = list(read_records(folder / "metrics.jsonl"))
+    train = [r for r in records if r["kind"] == "train"]
+    held_out = [r for r in records if r["kind"] == "eval"]
+    lines = [f"## {stage.name}", ""]
+    lines += [f"- parameters: {stage.model.num_params():,}"]
+    lines += [f"- steps: {train[-1]['step'] if train else 0:,} of {stage.run_config.steps:,}"]
+    lines += [f"- {stage.run_config.unit} a step: {stage.units_per_step():,}", ""]
+    lines += _table(train, held_out)
+    if not train:
+        return "\n".join(lines)
+    if importlib.util.find_spec("matplotlib") is None:
+        return "\n".join([*lines, "Plots need `pip install 'jaxherd[report]'`.", ""])
+    for title, name in _draw(train, held_out, folder):
+        lines += [f"![{title}]({folder.name}/plots/{name})", ""]
+    return "\n".join([*lines, *_samples(folder)])
+
+
+def _table(train: list[dict], held_out: list[dict]) -> list[str]:
+    rows = ["| metric | first | last |", "|---|---|---|"]
+    for records in (train, held_out):
+        if not records:
+            continue
+        for name in records[-1]:
+            if name in ("kind", "step") or any(part in name for part in _HIDDEN):
+                continue
+            first, last = records[0].get(name), records[-1][name]
+            if isinstance(last, int | float) and isinstance(first, int | float):
+                rows.append(f"| {name} | {first:.4g} | {last:.4g} |")
+    return [*rows, ""]
+
+
+def _draw(train: list[dict], held_out: list[dict], folder: Path) -> list[tuple[str, str]]:
+    steps = [r["step"] for r in train]
+    window = max(1, len(steps) // 50)
+    drawn = []
+    series = {"train": (steps, [_number(r["loss"]) for r in train])}
+    marked = []
+    for name in [k for k in (held_out[-1] if held_out else {}) if k.endswith("/loss")]:
+        points = [(r["step"], _number(r[name])) for r in held_out if name in r]
+        series[name.removesuffix("/loss")] = tuple(map(list, zip(*points)))  # type: ignore
+        marked.append(name.removesuffix("/loss"))
+    plots.curves(
+        folder / "plots" / "loss.png",
+        series,
+        x_label="step",
+        y_label="loss (nats)",
+        title="Loss",
+        window=window,
+        marked=marked,
+    )
+    drawn.append(("Loss", "loss.png"))
+    plots.curves(
+        folder / "plots" / "grad_norm.png",
+        {"gradient norm": (steps, [_number(r["grad_norm"]) for r in train])},
+        x_label="step",
+        y_label="global norm before clipping",
+        title="Gradient norm",
+        log_y=True,
+        window=window,
+    )
+    drawn.append(("Gradient norm", "grad_norm.png"))
+    if any(name.startswith("expert_load/") for name in train[-1]):
+        _draw_load(train, folder)
+        drawn += [("Expert load", "expert_load.png"), ("Load over time", "expert_load_time.png")]
+    return drawn
+
+
+def _layer_loads(record: dict) -> np.ndarray:
+    """Return the share of rows of each expert, [layer, expert], layers in the model's order."""
+    blocks = [
+        np.asarray(record[name], float)
+        for name in sorted(
+            (n for n in record if n.startswith("expert_load/")), key=lambda n: int(n.split("/")[1])
+        )
+    ]
+    # Blocks of one pattern are interleaved over the repetitions of the pattern.
+    if len({block.shape for block in blocks}) == 1:
+        return np.stack(blocks, axis=1).reshape(-1, blocks[0].shape[-1])
+    return np.concatenate(blocks)
+
+
+def _draw_load(train: list[dict], folder: Path) -> None:
+    last = np.mean([_layer_loads(r) for r in train[-20:]], axis=0)
+    layers, experts = last.shape
+    plots.heat_map(
+        folder / "plots" / "expert_load.png",
+        last,
+        x_label="expert",
+        y_label="routed layer",
+        title=f"Share of tokens per expert, last {min(20, len(train))} steps",
+        value_label=f"share (uniform {1 / experts:.3f})",
+        x_ticks=[str(i) for i in range(experts)],
+        y_ticks=[str(i) for i in range(layers)],
+        limits=(0.0, float(last.max())),
+    )
+    steps = [r["step"] for r in train]
+    busiest = np.array([_layer_loads(r).max(axis=1) * experts for r in train])
+    plots.curves(
+        folder / "plots" / "expert_load_time.png",
+        {f"layer {i}": (steps, busiest[:, i]) for i in range(min(layers, 6))},
+        x_label="step",
+        y_label="busiest expert / uniform",
+        title="Load of the busiest expert",
+        window=max(1, len(steps) // 50),
+    )
+
+
+def _samples(folder: Path) -> list[str]:
+    path = folder / "samples.jsonl"
+    if not path.exists():
+        return []
+    lines = ["### Samples", ""]
+    for text in path.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(text)
+        fence = "````"
+        lines += [f"Step {sample['step']}:", "", fence, sample["text"], fence, ""]
+    return lines
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

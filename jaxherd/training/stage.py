@@ -1,0 +1,404 @@
+"""A stage that trains: data, model, objective and optimiser on a mesh, resumable at any moment."""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.experiment import StageContext, describe, write_json
+from jaxherd.core.layouts import Layout
+from jaxherd.core.sharding import Partitioner
+from jaxherd.data import batch as batch_lib
+from jaxherd.training import metrics as metrics_lib
+from jaxherd.training.checkpoints import Checkpoints
+from jaxherd.training.guards import Guards
+from jaxherd.training.loggers import open_loggers
+from jaxherd.training.optimizers import Optimizer
+from jaxherd.training.progress import Progress
+from jaxherd.training.step import Program, StepConfig, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long a stage trains and what it leaves behind.
+
+    Attributes:
+      steps: optimiser steps of the whole stage.
+      eval_every: steps between evaluations; one also comes at the end.  0 evaluates at the end.
+      checkpoint_every: steps between checkpoints; one also comes at the end.
+      keep_checkpoints, keep_every: newest ones to keep, and multiples kept besides.
+      log_every: steps between records.
+      loggers: among "jsonl", "tensorboard", "wandb".
+      profile_at: step at which `jax.profiler` records five steps into `profile/`; None for never.
+      unit: what progress counts, the product of the batch's first two dimensions.
+    """
+
+    steps: int = 1000
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
+    log_every: int = 1
+    loggers: tuple[str, ...] = ("jsonl", "tensorboard")
+    profile_at: int | None = None
+    unit: str = "tokens"
+
+    def __post_init__(self):
+        for name in ("steps", "checkpoint_every", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise JaxherdError(f"run.{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A pass over held-out data with the metrics of an objective.
+
+    Attributes:
+      name: prefix of the metrics in the log.
+      data: its `split` is read once, in order.
+      objective: the stage's own when None.
+      max_batches: stop after so many batches; None reads the split to its end.
+    """
+
+    name: str
+    data: Any
+    split: str = "heldout"
+    objective: Any = None
+    max_batches: int | None = None
+
+
+class Callback(Protocol):
+    """Something to do with the model before, during or after training."""
+
+    def __call__(self, run: "Running", moment: str) -> None:
+        """Act; `moment` is "start", "end" or "eval"."""
+        ...
+
+
+@dataclasses.dataclass
+class Running:
+    """What callbacks see of a stage at work."""
+
+    stage: "TrainStage"
+    context: StageContext
+    program: Program
+    state: TrainState
+    step: int
+
+    def model(self) -> Any:
+        """Return the model with the current parameters."""
+        return self.program.module(self.state)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStage:
+    """Train a model.
+
+    Attributes:
+      name, reads: see `jaxherd.core.experiment.Stage`.
+      model: a frozen config with `build(key)`, `num_params()` and `train_flops(...)`.
+      data: a `jaxherd.data.batch.DataConfig`.
+      objective: see `jaxherd.training.objectives`.
+      initial: name of an earlier stage whose last parameters to start from; None draws fresh ones.
+      evaluations, callbacks: run at "eval" moments.
+    """
+
+    name: str
+    model: Any
+    data: Any
+    objective: Any
+    optimizer: Optimizer = Optimizer()
+    layout: Layout = Layout()
+    step: StepConfig = StepConfig()
+    guards: Guards = Guards()
+    run_config: RunConfig = RunConfig()
+    evaluations: tuple[Evaluation, ...] = ()
+    callbacks: tuple[Any, ...] = ()
+    initial: str | None = None
+    reads: tuple[str, ...] = ()
+
+    def program(self, devices: Any) -> Program:
+        """Return the compiled-on-use program of this stage for these devices.
+
+        Raises:
+          JaxherdError: the layout, the batch or a parameter does not fit the devices.
+        """
+        partitioner = Partitioner.create(self.layout, devices)
+        spec = self.data.batch_spec()
+        shardings = {}
+        for name, field in spec.items():
+            if self.step.accumulate > 1:
+                self._check_accumulate(name, field, partitioner)
+            shardings[name] = partitioner.sharding(field.axes, field.shape, f"batch field {name!r}")
+        return Program(
+            self.model,
+            self.objective,
+            self.optimizer,
+            partitioner,
+            total_steps=self.run_config.steps,
+            config=self.step,
+            guards=self.guards,
+            batch_shardings=shardings,
+        )
+
+    def _check_accumulate(self, name: str, field: Any, partitioner: Partitioner) -> None:
+        rows = field.shape[0]
+        if field.axes[:1] != ("batch",) or rows % self.step.accumulate:
+            raise JaxherdError(
+                f"step.accumulate={self.step.accumulate} does not divide the {rows} rows of batch "
+                f"field {name!r}; change it or the batch size."
+            )
+
+    def abstract_inputs(self, program: Program) -> tuple[TrainState, dict[str, Any], None]:
+        """Return the arguments of `program.step` as shapes with shardings."""
+        batch = batch_lib.abstract(self.data.batch_spec(), program.batch_shardings)
+        return program.abstract_state(), batch, None
+
+    def units_per_step(self) -> int:
+        """Return the tokens (frames, samples, ...) of one step."""
+        field = next(iter(self.data.batch_spec().values()))
+        return int(np.prod(field.shape[:2]))
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        """Train to the end, from the last checkpoint if there is one; returns the last metrics."""
+        return _Run(self, context).run()
+
+    def report(self, folder: Path) -> str:
+        """Return a Markdown section about this stage, with plots beside it."""
+        from jaxherd.training.report import stage_report
+
+        return stage_report(self, folder)
+
+
+class _Run:
+    """One process's work on a stage."""
+
+    def __init__(self, stage: TrainStage, context: StageContext):
+        self.stage, self.context = stage, context
+        self.program = stage.program(context.devices)
+        self.stop = threading.Event()
+
+    def run(self) -> dict[str, Any]:
+        stage, context, config = self.stage, self.context, self.stage.run_config
+        process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        data = stage.data.build(split="train", seed=context.seed, **process)
+        checkpoints = Checkpoints(
+            context.folder / "checkpoints",
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            say=context.say,
+        )
+        try:
+            state, first = self._start(checkpoints, data)
+            self._record_config(data)
+            loggers = []
+            if jax.process_index() == 0:
+                loggers = open_loggers(
+                    config.loggers, context.folder, name=stage.name, config={}, resume_step=first
+                )
+            running = Running(stage, context, self.program, state, first)
+            if first == 0:
+                self._callbacks(running, "start")
+            with self._signals(), self._progress(first) as progress:
+                summary = self._train(running, data, checkpoints, loggers, progress)
+            for logger in loggers:
+                logger.close()
+            if not self.stop.is_set():
+                self._callbacks(running, "end")
+            return summary
+        finally:
+            checkpoints.close()
+            if hasattr(data, "close"):
+                data.close()
+
+    def _start(self, checkpoints: Checkpoints, data: Any) -> tuple[TrainState, int]:
+        restored = checkpoints.restore(self.program.abstract_state())
+        if restored is not None:
+            step, state, position = restored
+            checkpoints.discard_after(step)
+            data.set_state(position)
+            self.context.say(f"{self.stage.name}: resuming at step {step}.")
+            return state, step
+        params = None
+        if self.stage.initial is not None:
+            params = load_params(self.context.artifacts[self.stage.initial], self.program)
+        return self.program.init(self.context.seed, params), 0
+
+    def _record_config(self, data: Any) -> None:
+        if jax.process_index() == 0:
+            about = data.describe() if hasattr(data, "describe") else {}
+            record = {"stage": describe(self.stage), "data": about}
+            write_json(self.context.folder / "config.json", record)
+
+    def _progress(self, first: int) -> Progress:
+        stage = self.stage
+        quiet = self.context.quiet or jax.process_index() != 0
+        return Progress(
+            stage.name, stage.run_config.steps, first, stage.run_config.unit, quiet=quiet
+        )
+
+    def _train(self, running, data, checkpoints, loggers, progress) -> dict[str, Any]:
+        stage, config, program = self.stage, self.stage.run_config, self.program
+        units = stage.units_per_step()
+        # One step's metrics are read while the next one runs: the host never waits for the device.
+        waiting: tuple[int, Any] | None = None
+        last: dict[str, Any] = {}
+        summary: dict[str, Any] = {}
+        for step in range(running.step, config.steps):
+            if config.profile_at == step:
+                jax.profiler.start_trace(str(self.context.folder / "profile"))
+            batch = batch_lib.to_global(next(data), program.batch_shardings)
+            running.state, sums = program.step(running.state, batch, None)
+            running.step = step + 1
+            if waiting is not None:
+                last = self._log(*waiting, loggers, progress, units)
+            waiting = (step + 1, sums)
+            if config.profile_at is not None and step == config.profile_at + 4:
+                jax.block_until_ready(sums)
+                jax.profiler.stop_trace()
+            final = step + 1 == config.steps
+            evaluate = final or (config.eval_every and (step + 1) % config.eval_every == 0)
+            stopping = self._stopping(step + 1)
+            save = final or (step + 1) % config.checkpoint_every == 0 or stopping
+            if evaluate or save:
+                last = self._log(*waiting, loggers, progress, units)
+                waiting = None
+            if evaluate:
+                summary = self._evaluate(running, loggers, progress)
+            if save:
+                checkpoints.save(step + 1, running.state, data.get_state())
+            if stopping and not final:
+                checkpoints.wait()
+                self.stop.set()
+                raise Interrupted(
+                    f"{stage.name}: stopped at step {step + 1}, checkpoint saved; run the same "
+                    "command to go on."
+                )
+        if waiting is not None:
+            last = self._log(*waiting, loggers, progress, units)
+        if not summary and stage.evaluations:
+            summary = self._evaluate(running, loggers, progress)
+        checkpoints.wait()
+        return {
+            "step": running.step,
+            **{f"train/{k}": v for k, v in last.items() if np.ndim(v) == 0},
+            **summary,
+        }
+
+    def _log(self, step, sums, loggers, progress, units) -> dict[str, Any]:
+        values = metrics_lib.means(jax.device_get(sums))
+        plain = {k: (v.item() if v.ndim == 0 else v) for k, v in values.items()}
+        progress.update(step, units, plain["loss"])
+        sentence = self.stage.guards.explain(step, plain)
+        if sentence and jax.process_index() == 0:
+            progress.say(sentence)
+        if self.stage.guards.non_finite == "raise" and plain.get("guard/non_finite"):
+            raise JaxherdError(sentence or "")
+        if plain["guard/in_a_row"] >= self.stage.guards.stop_after:
+            raise JaxherdError(
+                f"{self.stage.name}: {int(plain['guard/in_a_row'])} updates in a row were skipped "
+                f"up to step {step}; lower optimizer.schedule.peak or look at the data."
+            )
+        if step % self.stage.run_config.log_every == 0:
+            for logger in loggers:
+                logger.write("train", step, plain)
+        return plain
+
+    def _evaluate(self, running, loggers, progress) -> dict[str, Any]:
+        summary: dict[str, Any] = {}
+        for evaluation in self.stage.evaluations:
+            values = evaluate(self.program, running.state, evaluation)
+            named = {f"{evaluation.name}/{k}": v for k, v in values.items()}
+            summary |= {k: v.item() for k, v in named.items() if v.ndim == 0}
+            for logger in loggers:
+                logger.write("eval", running.step, named)
+        if summary:
+            shown = ", ".join(
+                f"{k} {v:.4g}"
+                for k, v in summary.items()
+                if "/balance" not in k and "router" not in k
+            )
+            if jax.process_index() == 0 and not self.context.quiet:
+                progress.say(f"{self.stage.name} step {running.step}: {shown}")
+        self._callbacks(running, "eval")
+        return summary
+
+    def _callbacks(self, running: Running, moment: str) -> None:
+        for callback in self.stage.callbacks:
+            callback(running, moment)
+
+    def _stopping(self, step: int) -> bool:
+        """Whether any process was asked to stop; all processes agree on the step."""
+        if jax.process_count() == 1:
+            return self.stop.is_set()
+        if step % 10:  # asking the others waits for them
+            return False
+        from jax.experimental import multihost_utils
+
+        flags = multihost_utils.process_allgather(np.asarray(self.stop.is_set()))
+        return bool(np.any(flags))
+
+    def _signals(self):
+        return _StopOnSignal(self.stop, self.context.say)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class _StopOnSignal:
+    """SIGTERM and a first Ctrl-C ask for a checkpoint and a clean stop."""
+
+    def __init__(self, stop: threading.Event, say):
+        self._stop, self._say, self._old = stop, say, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self._stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop.set()
+        self._say("stopping after this step; saving a checkpoint first.")
+
+    def __exit__(self, *_):
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+
+def evaluate(program: Program, state: TrainState, evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Return the metrics of a pass over held-out data, summed over batches and processes."""
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    data = evaluation.data.build(split=evaluation.split, seed=0, **process)
+    total = None
+    for number, batch in enumerate(data):
+        if number == evaluation.max_batches:
+            break
+        sums = program.evaluate(state, batch_lib.to_global(batch, program.batch_shardings), None)
+        total = sums if total is None else metrics_lib.add(total, sums)
+    if hasattr(data, "close"):
+        data.close()
+    if total is None:
+        raise JaxherdError(f"evaluation {evaluation.name!r}: split {evaluation.split!r} is empty.")
+    return metrics_lib.means(jax.device_get(total))
+
+
+def load_params(folder: Path, program: Program) -> Any:
+    """Return the last parameters of another training stage, laid out for `program`."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        restored = checkpoints.restore(program.abstract_state())
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise JaxherdError(f"{folder} holds no checkpoint to start from.")
+    return restored[1].params

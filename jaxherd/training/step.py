@@ -1,0 +1,226 @@
+"""The train state and the jitted step: gradient accumulation, mixed precision, guards, donation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxherd.core.modules import Definition, Tree, abstract, cast_floating, split
+from jaxherd.core.sharding import Partitioner
+from jaxherd.training import metrics as metrics_lib
+from jaxherd.training.guards import Guards, GuardState
+from jaxherd.training.optimizers import Optimizer, state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes and a checkpoint keeps.
+
+    Attributes:
+      step: updates so far, skipped ones included.
+      params, buffers: nested dictionaries of arrays.
+      optimizer: optax state.
+      guard: of the guards.
+      key: raw data of the PRNG key of the run; each step folds its number in.
+    """
+
+    step: jax.Array
+    params: Tree
+    buffers: Tree
+    optimizer: Any
+    guard: GuardState
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed.
+
+    Attributes:
+      compute_dtype: parameters are cast to it for the forward and backward pass; they are stored
+        and updated in `param_dtype`.
+      accumulate: microbatches a step; the batch must divide by it.
+    """
+
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+    accumulate: int = 1
+
+
+class Program:
+    """One training program: initialisation, step and evaluation for a model on a mesh.
+
+    The same object serves training (call its functions) and planning (lower them on abstract
+    inputs): there is no second description of the step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Any,
+        optimizer: Optimizer,
+        partitioner: Partitioner,
+        *,
+        total_steps: int,
+        config: StepConfig = StepConfig(),
+        guards: Guards = Guards(),
+        batch_shardings: Mapping[str, Any],
+    ):
+        self.model_config, self.objective, self.partitioner = model, objective, partitioner
+        self.config, self.guards = config, guards
+        self.batch_shardings = dict(batch_shardings)
+        self.definition, params, buffers = split(abstract(self._build, jax.random.key(0)))
+        self.definition: Definition
+        self._params, self._buffers = params, buffers
+        param_axes, buffer_axes = self.definition.axes()
+        self.schedule = optimizer.schedule.build(total_steps)
+        self.optimizer = optimizer.build(total_steps, param_axes)
+        self._replicated = partitioner.replicated()
+        self._param_shardings = partitioner.tree_shardings(param_axes, params)
+        self._buffer_shardings = partitioner.tree_shardings(buffer_axes, buffers)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings(), self.batch_shardings, None),
+            out_shardings=(self.state_shardings(), None),
+            donate_argnums=(0,),
+        )
+        self.evaluate = jax.jit(
+            self._evaluate,
+            in_shardings=(self.state_shardings(), self.batch_shardings, None),
+        )
+
+    def _build(self, key: jax.Array) -> Any:
+        return cast_floating(self.model_config.build(key), jnp.dtype(self.config.param_dtype))
+
+    def state_shardings(self) -> TrainState:
+        """Return the sharding of every leaf of the train state."""
+        whole = self._replicated
+        return TrainState(
+            step=whole,
+            params=self._param_shardings,
+            buffers=self._buffer_shardings,
+            optimizer=state_shardings(self.optimizer, self._params, self._param_shardings, whole),
+            guard=jax.tree.map(lambda _: whole, jax.eval_shape(GuardState.create)),
+            key=whole,
+        )
+
+    def init(self, seed: int, params: Tree | None = None) -> TrainState:
+        """Return the state before the first step, drawn or placed directly as shards.
+
+        Args:
+          seed: of parameters and of the steps' keys.
+          params: start from these instead of fresh ones.
+        """
+        return jax.jit(self._init, out_shardings=self.state_shardings())(
+            jax.random.key(seed), params
+        )
+
+    def _init(self, key: jax.Array, params: Tree | None) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        _, fresh, buffers = split(self._build(init_key))
+        params = fresh if params is None else cast_floating(params, self.config.param_dtype)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            buffers=buffers,
+            optimizer=self.optimizer.init(params),
+            guard=GuardState.create(),
+            key=jax.random.key_data(run_key),
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Return shapes with shardings, for restoring and for planning."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0), None)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.state_shardings(),
+        )
+
+    def module(self, state: TrainState) -> Any:
+        """Return the model with the current parameters."""
+        return self.definition.merge(state.params, state.buffers)
+
+    def _loss(self, params, buffers, batch, key, frozen):
+        params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
+        model = self.definition.merge(params, buffers)
+        return self.objective(model, batch, key, frozen=frozen)
+
+    def _step(self, state: TrainState, batch, frozen):
+        with self.partitioner.activate():
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            gradients, sums = self._gradients(state, batch, key, frozen)
+            grad_norm = optax.global_norm(gradients)
+            loss_sum, loss_weight = sums["loss"]
+            loss = loss_sum / jnp.maximum(loss_weight, 1e-9)
+            accept, reasons, guard = self.guards.judge(state.guard, loss, grad_norm)
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            buffers = state.buffers
+            if hasattr(self.objective, "update_buffers"):
+                buffers = self.objective.update_buffers(buffers, sums)
+
+            def choose(new, old):
+                return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
+            new = TrainState(
+                step=state.step + 1,
+                params=choose(params, state.params),
+                buffers=choose(buffers, state.buffers),
+                optimizer=choose(optimizer, state.optimizer),
+                guard=guard,
+                key=state.key,
+            )
+            extra = {
+                "grad_norm": grad_norm,
+                "learning_rate": self.schedule(state.step),
+                "guard/in_a_row": guard.skipped_in_a_row,
+                **reasons,
+            }
+            sums |= {name: metrics_lib.pair(value, 1.0) for name, value in extra.items()}
+            return new, sums
+
+    def _gradients(self, state: TrainState, batch, key, frozen):
+        """Return the gradient of the loss over all microbatches together, and the metric sums."""
+        differentiate = jax.value_and_grad(self._loss, has_aux=True)
+        parts = self.config.accumulate
+        if parts == 1:
+            (_, sums), gradients = differentiate(state.params, state.buffers, batch, key, frozen)
+            return gradients, sums
+
+        # Microbatch i takes rows i, i + parts, ...: no row leaves its device.
+        def strided(x):
+            return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+        def body(carry, part):
+            total, sums = carry
+            index, micro = part
+            (_, new), gradients = differentiate(
+                state.params, state.buffers, micro, jax.random.fold_in(key, index), frozen
+            )
+            weight = new["loss"][1]
+            total = jax.tree.map(lambda a, g: a + weight * g.astype(a.dtype), total, gradients)
+            return (total, metrics_lib.add(sums, new)), None
+
+        micro = jax.tree.map(strided, batch)
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(
+            lambda: self._loss(state.params, state.buffers, first, key, frozen)[1]
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params), zeros)
+        (total, sums), _ = jax.lax.scan(body, start, (jnp.arange(parts), micro))
+        weight = jnp.maximum(sums["loss"][1], 1e-9)
+        gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), total, state.params)
+        return gradients, sums
+
+    def _evaluate(self, state: TrainState, batch, frozen):
+        with self.partitioner.activate():
+            _, sums = self._loss(
+                state.params, state.buffers, batch, jax.random.wrap_key_data(state.key), frozen
+            )
+            return sums
