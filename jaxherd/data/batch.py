@@ -99,7 +99,7 @@ class DataConfig(Protocol):
 
 
 def abstract(spec: BatchSpec, shardings: Mapping[str, Any] | Any | None = None) -> dict[str, Any]:
-    """Return `jax.ShapeDtypeStruct` per field, with `shardings` (one, or one per field) attached."""
+    """Return `jax.ShapeDtypeStruct` per field, with `shardings` (one, or one each) attached."""
     import jax
 
     return {

@@ -1,4 +1,4 @@
-"""The local cache: where fetched and derived data lives, and how it is written whole or not at all."""
+"""The local cache of fetched and derived data, written whole or not at all."""
 
 import contextlib
 import fcntl

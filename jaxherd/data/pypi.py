@@ -42,7 +42,7 @@ class WheelSource:
 
     @property
     def folder(self) -> str:
-        """Return the folder name in the cache; it contains the pin, so a new pin is a new folder."""
+        """Return the folder name in the cache; a new pin is a new folder."""
         return f"{self.name}-{self.version}-{self.sha256[:16]}"
 
 

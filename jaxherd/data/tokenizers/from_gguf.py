@@ -49,7 +49,8 @@ def tokenizer_from_gguf_metadata(metadata: Mapping[str, object]) -> HuggingFaceT
         engine = _sentencepiece(metadata, tokens, types)
     else:
         raise JaxherdError(
-            f"GGUF tokenizer model {kind!r} is not supported: {nearest(str(kind), ('gpt2', 'llama'))}"
+            f"GGUF tokenizer model {kind!r} is not supported: "
+            + nearest(str(kind), ("gpt2", "llama"))
         )
     library = require_tokenizers()
     special = [t for t, k in zip(tokens, types) if k in (_CONTROL, _UNKNOWN)]

@@ -183,7 +183,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "HuggingFaceTokenizer":
-        """Read a tokenizer.json, and what lies beside it: its config, chat template, stop tokens."""
+        """Read a tokenizer.json and, beside it, config, chat template and stop tokens."""
         path = pathlib.Path(path)
         folder = path.parent
         config = {**_read_json(folder / "special_tokens_map.json")}
