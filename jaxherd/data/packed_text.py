@@ -1,4 +1,4 @@
-"""The text data of an experiment: corpus, tokenizer, packing and batches in one frozen dataclass."""
+"""The text data of an experiment: corpus, tokenizer, packing and batches in one dataclass."""
 
 import dataclasses
 import hashlib

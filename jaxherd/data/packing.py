@@ -168,7 +168,8 @@ class Stretches(Sequence[Row]):
 
     def __getitem__(self, index):
         start = int(self._parts[index]) * self._length
-        ids = self._store.document(self._documents[index], start, start + self._length + 1)
+        document = int(self._documents[index])
+        ids = self._store.document(document, start, start + self._length + 1)
         return stretch(ids, 0, min(len(ids), self._length), self._token_bytes, self._pad_id)
 
 

@@ -60,6 +60,10 @@ def batch_rows(
     # Groups of `local` rows; group b * processes + p is process p's part of batch b.
     parts = rows.batch(local)[process_index::process_count]
     if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, whose defaults serve
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         return parts.to_iter_dataset(options).mp_prefetch(
             grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
@@ -121,14 +125,21 @@ class GrainBatches:
         about: Mapping[str, Any] | None = None,
         length: int | None = None,
     ):
-        self._iterator = iter(dataset)
+        self._holder = [iter(dataset)]
         self._fingerprint = fingerprint
         self._place = None if portable else [process_index, process_count]
         self._about = dict(about or {})
         self._length = length
         self._steps = 0
-        # Stops the prefetching threads when the iterator goes, and before the interpreter does.
-        self.close = weakref.finalize(self, _close, self._iterator)
+        # Stops the prefetching threads when the iterator goes, and before the interpreter does;
+        # emptying the holder also keeps Grain's own finaliser from running in a dying interpreter.
+        self.close = weakref.finalize(self, _close, self._holder)
+
+    @property
+    def _iterator(self) -> Any:
+        if not self._holder:
+            raise JaxherdError("The data iterator is closed: build it again.")
+        return self._holder[0]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -190,7 +201,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"The data position holds a {type(value).__name__}, which is no JSON.")
 
 
-def _close(iterator: Any) -> None:
-    close = getattr(iterator, "close", None)
+def _close(holder: list[Any]) -> None:
+    close = getattr(holder.pop(), "close", None)
     if close is not None:
         close()

@@ -144,7 +144,7 @@ def cached_tokens(
     add_eos: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> TokenStore:
-    """Return the corpus's tokens, from the cache if the same texts met the same tokenizer before."""
+    """Return the corpus's tokens, from the cache if these texts met this tokenizer before."""
     parts = ("1", corpus.fingerprint(), tokenizer.fingerprint(), str(add_bos), str(add_eos))
     key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
     folder = cache_root(cache_dir) / "tokens" / key
