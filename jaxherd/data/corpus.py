@@ -15,7 +15,7 @@ import pathlib
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.data.sources import resolve, scheme_of
@@ -227,7 +227,7 @@ class RecordCorpus:
         indices: which records, as a range.
     """
 
-    def __init__(self, name: str, records: Sequence, field: str, identity: str, indices: range):
+    def __init__(self, name: str, records: Any, field: str, identity: str, indices: range):
         self.name = name
         self._records = records
         self._field = field
