@@ -1,0 +1,88 @@
+"""What several verbs need: experiments with overrides, targets, devices."""
+
+import os
+import warnings
+from typing import Any
+
+from jaxherd.core import catalog
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.experiment import Experiment, Scale
+
+
+def scale_for(on: str, scale: Scale | None) -> Scale:
+    """Return the scale that goes with a target unless one is given."""
+    if scale is not None:
+        return scale
+    kind = on.split(":")[0]
+    if kind == "cpu":
+        return "cpu"
+    return "gpu" if kind in ("gpu", "h100", "a100") else "full"
+
+
+def load_experiment(name: str, scale: Scale, assignments: tuple[str, ...]) -> Experiment:
+    """Return an experiment with `--set` overrides applied."""
+    return catalog.load(name, scale).with_overrides(assignments)
+
+
+def local_devices(on: str) -> tuple[Any, ...]:
+    """Return the devices that a run uses, after joining a multi-host group if there is one.
+
+    Raises:
+      JaxherdError: the target's platform is not on this machine.
+    """
+    platform = {"cpu": "cpu", "gpu": "cuda", "h100": "cuda", "a100": "cuda"}.get(
+        on.split(":")[0], "tpu"
+    )
+    if platform == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        # With libtpu installed and no TPU, jax would say so on every start.
+        warnings.filterwarnings("ignore", message=".*TPU.*")
+    import jax
+
+    _persistent_cache(jax)
+    if os.environ.get("JAXHERD_COORDINATOR"):
+        if platform == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            coordinator_address=os.environ["JAXHERD_COORDINATOR"],
+            num_processes=int(os.environ["JAXHERD_PROCESSES"]),
+            process_id=int(os.environ["JAXHERD_PROCESS"]),
+        )
+    elif platform == "tpu" and _several_tpu_workers():
+        jax.distributed.initialize()
+    try:
+        devices = tuple(jax.devices(platform))
+    except RuntimeError as error:
+        raise JaxherdError(
+            f"no {platform} device on this machine for --on {on}: try --on cpu, or see what would "
+            f"happen there with `jaxherd plan ... --on {on}`."
+        ) from error
+    count = on.partition(":")[2]
+    if platform != "tpu" and count:
+        if not count.isdigit() or int(count) < 1:
+            raise JaxherdError(f"--on {on}: write {on.split(':')[0]}:N with a number of devices.")
+        if int(count) > len(devices):
+            hint = (
+                f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+                if platform == "cpu"
+                else "use fewer"
+            )
+            raise JaxherdError(
+                f"--on {on}: this machine has {len(devices)} {platform} device(s); {hint}."
+            )
+        return devices[: int(count)]
+    return devices[:1] if platform == "cpu" and jax.process_count() == 1 else devices
+
+
+def _several_tpu_workers() -> bool:
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or bool(
+        os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
+    )
+
+
+def _persistent_cache(jax: Any) -> None:
+    """Keep compiled programs between runs, unless the user chose a place or none."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = os.environ.get("JAXHERD_CACHE") or os.path.expanduser("~/.cache/jaxherd")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
