@@ -7,6 +7,10 @@ from typing import Any
 from jaxherd.core.errors import JaxherdError
 
 
+# Elements in an endless dataset: at a million a second, nine years.
+_ENDLESS = 2**48
+
+
 @dataclasses.dataclass(frozen=True)
 class MixtureComponent:
     """A corpus and its share of the training rows."""
@@ -24,7 +28,8 @@ def endless(source: Any, *, seed: int, shuffle: bool) -> Any:
     import grain
 
     dataset = grain.MapDataset.source(source).seed(seed)
-    return (dataset.shuffle() if shuffle else dataset).repeat()
+    # Grain's own endless repeat has a length that its batch(1) rounds beyond an index.
+    return (dataset.shuffle() if shuffle else dataset).repeat(_ENDLESS // len(source))
 
 
 def mix(datasets: Sequence[Any], weights: Sequence[float]) -> Any:

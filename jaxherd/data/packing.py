@@ -129,7 +129,7 @@ class ConcatRows(Sequence[Row]):
         place = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
-            document = self._order[place]
+            document = int(self._order[place])
             begin = int(self._ends[place] - self._store.lengths[document])
             end = min(stop, int(self._ends[place]))
             if end > start:
