@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxherd.core.errors import JaxherdError
 
-
 # Elements in an endless dataset: at a million a second, nine years.
 _ENDLESS = 2**48
 

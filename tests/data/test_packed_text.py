@@ -1,6 +1,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -305,3 +308,34 @@ def test_default_corpus_end_to_end(tmp_path):
     assert (batch["segment_ids"] > 0).all()
     assert batch["target_bytes"].sum() > 1.5 * batch["loss_weights"].sum()
     assert len(data.build(split="heldout", seed=0)) > 1
+
+
+_WORKERS = """
+import dataclasses, json, sys
+from jaxherd.data.packed_text import Bytes, PackedText
+if __name__ == "__main__":
+    data = PackedText(sys.argv[1], Bytes(), sequence_length=32, batch_size=4, heldout_fraction=0.2)
+    plain = data.build(split="train", seed=0)
+    many = dataclasses.replace(data, workers=2).build(split="train", seed=0)
+    same = lambda: all((a == b).all() for a, b in zip(next(plain).values(), next(many).values()))
+    assert all(same() for _ in range(7))
+    state = json.loads(json.dumps(many.get_state()))
+    many = dataclasses.replace(data, workers=2).build(split="train", seed=0)
+    many.set_state(state)
+    assert all(same() for _ in range(5))
+    print("same")
+"""
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_batches(folders, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_WORKERS)
+    done = subprocess.run(
+        [sys.executable, str(script), folders[0]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAXHERD_CACHE": str(folders[2])},
+        check=False,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
