@@ -65,7 +65,7 @@ def tokenizer_from_gguf_metadata(metadata: Mapping[str, object]) -> HuggingFaceT
         i = metadata.get(f"tokenizer.ggml.{role}_token_id")
         if i is None:
             return None
-        if not isinstance(i, numbers.Integral) or not 0 <= i < len(tokens):
+        if not isinstance(i, numbers.Integral) or not 0 <= int(i) < len(tokens):
             raise JaxherdError(f"The GGUF tokenizer's {role}_token_id {i!r} is out of range.")
         return tokens[int(i)]
 
