@@ -9,11 +9,9 @@ from jaxtyping import Int32
 
 from jaxherd.data.corpus import Corpus, Document
 from jaxherd.data.mixture import endless, mix
-from jaxherd.data.packing import ROW_DTYPES, Row, Stretches, stretch
+from jaxherd.data.packing import CONTENT_FIELDS, ROW_DTYPES, Row, Stretches, stretch
 from jaxherd.data.tokenizers.base import Tokenizer
 from jaxherd.data.tokens import document_ids
-
-_CONTENT = ("tokens", "targets", "loss_weights", "target_bytes")
 
 
 def packed_lanes(
@@ -64,7 +62,7 @@ def packed_lanes(
 def _pack(parts: Any, packing: str, length: int, bins: int, pad_id: int, *, seed: int) -> Any:
     import grain
 
-    lengths = dict.fromkeys(_CONTENT, length)
+    lengths = dict.fromkeys(CONTENT_FIELDS, length)
     if packing == "concat":
         return grain.experimental.ConcatThenSplitIterDataset(parts, length_struct=lengths)
     kinds = {
@@ -83,7 +81,7 @@ def _pack(parts: Any, packing: str, length: int, bins: int, pad_id: int, *, seed
 
 def _rename(packed: dict[str, np.ndarray]) -> Row:
     """Take the one segment and position array of Grain's four equal ones."""
-    row = {name: packed[name] for name in _CONTENT}
+    row = {name: packed[name] for name in CONTENT_FIELDS}
     row["segment_ids"] = packed["tokens_segment_ids"]
     row["positions"] = packed["tokens_positions"]
     return {name: np.asarray(row[name], dtype) for name, dtype in ROW_DTYPES.items()}

@@ -6,6 +6,9 @@ from typing import Any
 
 from jaxherd.core.errors import JaxherdError
 
+# Elements in an endless dataset: at a million a second, nine years.
+_ENDLESS = 2**48
+
 
 @dataclasses.dataclass(frozen=True)
 class MixtureComponent:
@@ -24,7 +27,8 @@ def endless(source: Any, *, seed: int, shuffle: bool) -> Any:
     import grain
 
     dataset = grain.MapDataset.source(source).seed(seed)
-    return (dataset.shuffle() if shuffle else dataset).repeat()
+    # Grain's own endless repeat has a length that its batch(1) rounds beyond an index.
+    return (dataset.shuffle() if shuffle else dataset).repeat(_ENDLESS // len(source))
 
 
 def mix(datasets: Sequence[Any], weights: Sequence[float]) -> Any:

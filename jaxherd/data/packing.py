@@ -32,7 +32,7 @@ ROW_DTYPES = {
     "segment_ids": "int32",
     "target_bytes": "int32",
 }
-_CONTENT = ("tokens", "targets", "loss_weights", "target_bytes")
+CONTENT_FIELDS = ("tokens", "targets", "loss_weights", "target_bytes")
 
 
 def row_spec(batch_size: int, sequence_length: int) -> BatchSpec:
@@ -70,7 +70,7 @@ def join_stretches(stretches: Iterable[Row], sequence_length: int, pad_id: int) 
     at = 0
     for segment, part in enumerate(stretches, 1):
         end = at + len(part["tokens"])
-        for name in _CONTENT:
+        for name in CONTENT_FIELDS:
             row[name][at:end] = part[name]
         row["positions"][at:end] = np.arange(end - at, dtype=np.int32)
         row["segment_ids"][at:end] = segment
@@ -129,7 +129,7 @@ class ConcatRows(Sequence[Row]):
         place = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
-            document = self._order[place]
+            document = int(self._order[place])
             begin = int(self._ends[place] - self._store.lengths[document])
             end = min(stop, int(self._ends[place]))
             if end > start:

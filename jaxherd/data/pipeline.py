@@ -185,12 +185,24 @@ class GrainBatches:
                 f"The saved data position is for process and count {state['place']}, this is "
                 f"{self._place}: resume on the same number of processes."
             )
-        self._iterator.set_state(state["grain"])
+        self._iterator.set_state(_with_tuples(state["grain"]))
         self._steps = state["steps"]
 
     def describe(self) -> dict[str, Any]:
         """Return what a log should say about this data."""
         return dict(self._about)
+
+
+def _with_tuples(state: Any) -> Any:
+    """Undo what JSON does to tuples: Grain's concat-and-split compares its slices with tuples."""
+    if isinstance(state, Mapping):
+        return {
+            key: {name: tuple(value) for name, value in part.items()}
+            if key == "remainder_slices"
+            else _with_tuples(part)
+            for key, part in state.items()
+        }
+    return [_with_tuples(part) for part in state] if isinstance(state, list) else state
 
 
 def _plain(value: Any) -> Any:

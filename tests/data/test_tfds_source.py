@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 class TinyText(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.2.0")
+    pkg_dir_path = pathlib.Path(sys.argv[1])
     def _info(self):
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": np.int64}))
@@ -69,7 +71,7 @@ def test_read_without_tensorflow(tmp_path):
         capture_output=True,
         text=True,
         env={
-            **__import__("os").environ,
+            **os.environ,
             "TFDS_DATA_DIR": str(tmp_path),
             "JAXHERD_CACHE": str(tmp_path / "cache"),
         },

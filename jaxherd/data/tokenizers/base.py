@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
     pad_id: int | None
     stop_ids: tuple[int, ...]
     chat_template: str | None
+    # Whether the models of this tokenizer expect a prompt to begin with bos_id.
+    adds_bos: bool
     # SentencePiece's dummy prefix: the first token's leading space is no part of the text.
     strips_leading_space: bool
 

@@ -21,6 +21,7 @@ class ByteTokenizer:
     eos_id: int | None = 258
     stop_ids: tuple[int, ...] = (258,)
     chat_template: str | None = None
+    adds_bos = True
     strips_leading_space = False
 
     def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:

@@ -1,5 +1,6 @@
 """The tokenizer that a GGUF file carries in its metadata, as a tokenizer.json."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,9 +65,9 @@ def tokenizer_from_gguf_metadata(metadata: Mapping[str, object]) -> HuggingFaceT
         i = metadata.get(f"tokenizer.ggml.{role}_token_id")
         if i is None:
             return None
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
+        if not isinstance(i, numbers.Integral) or not 0 <= int(i) < len(tokens):
             raise JaxherdError(f"The GGUF tokenizer's {role}_token_id {i!r} is out of range.")
-        return tokens[i]
+        return tokens[int(i)]
 
     template = metadata.get("tokenizer.chat_template")
     stop = [name(role) for role in ("eot", "eom")]
@@ -77,6 +78,8 @@ def tokenizer_from_gguf_metadata(metadata: Mapping[str, object]) -> HuggingFaceT
         pad=name("padding"),
         stop=[s for s in stop if s is not None],
         chat_template=template if isinstance(template, str) else None,
+        # What llama.cpp does when the file does not say: SentencePiece models begin with BOS.
+        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
     )
 
 

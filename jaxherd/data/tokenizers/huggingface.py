@@ -46,6 +46,7 @@ class HuggingFaceTokenizer:
         bos, eos, pad: the special tokens by name, or None.
         stop: further tokens that end a generation, by name or id.
         chat_template: Jinja source, or None.
+        adds_bos: whether prompts begin with `bos`; None asks tokenizer.json's own template.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class HuggingFaceTokenizer:
         pad: str | None = None,
         stop: Sequence[str | int] = (),
         chat_template: str | None = None,
+        adds_bos: bool | None = None,
     ):
         library = require_tokenizers()
         try:
@@ -71,6 +73,9 @@ class HuggingFaceTokenizer:
         self.chat_template = chat_template
         self.vocab_size = self._vocab_size()
         self.bos_id, self.eos_id, self.pad_id = (self._id(name) for name in (bos, eos, pad))
+        if adds_bos is None:
+            adds_bos = self.bos_id is not None and self.bos_id in self._plain.encode("").ids[:1]
+        self.adds_bos = adds_bos
         stops = [self.eos_id, *(s if isinstance(s, int) else self._id(s) for s in stop)]
         self.stop_ids = tuple(dict.fromkeys(s for s in stops if s is not None))
         data = json.loads(text)
@@ -168,6 +173,7 @@ class HuggingFaceTokenizer:
             f"{role}_token": name for role, name in self._names.items() if name is not None
         }
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["add_bos_token"] = self.adds_bos
         config["jaxherd_stop_ids"] = list(self.stop_ids)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -204,6 +210,7 @@ class HuggingFaceTokenizer:
             pad=_token_name(config.get("pad_token")),
             stop=stop,
             chat_template=template,
+            adds_bos=config.get("add_bos_token"),
         )
 
 

@@ -37,6 +37,7 @@ class SentencePieceTokenizer:
         self.eos_id = known(self._engine.eos_id())
         self.pad_id = known(self._engine.pad_id())
         self.stop_ids = () if self.eos_id is None else (self.eos_id,)
+        self.adds_bos = self.bos_id is not None
         self.strips_leading_space = self._engine.encode("a", out_type=str)[0].startswith("▁")
 
     def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False) -> list[int]:

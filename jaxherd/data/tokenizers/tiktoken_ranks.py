@@ -99,6 +99,7 @@ class TiktokenTokenizer:
         self.vocab_size = max([*self._bytes, *self._special.values()]) + 1
         ids = [self._special.get(name) if name else None for name in (bos, eos, pad)]
         self.bos_id, self.eos_id, self.pad_id = ids
+        self.adds_bos = self.bos_id is not None
         stops = [self.eos_id, *(self._special[name] for name in stop)]
         self.stop_ids = tuple(dict.fromkeys(i for i in stops if i is not None))
 

@@ -69,4 +69,4 @@ def _train(library, texts, vocab_size, special_tokens, min_frequency) -> Hugging
     )
     engine.train_from_iterator(texts, trainer=trainer, length=len(texts))
     pad, bos, eos = special_tokens[:3]
-    return HuggingFaceTokenizer(engine.to_str(), bos=bos, eos=eos, pad=pad)
+    return HuggingFaceTokenizer(engine.to_str(), bos=bos, eos=eos, pad=pad, adds_bos=True)

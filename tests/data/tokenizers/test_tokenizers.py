@@ -145,7 +145,15 @@ def test_save_and_load(every, kind, tmp_path):
     again = load_tokenizer(tmp_path / "t")
     assert type(again) is type(tokenizer)
     assert again.fingerprint() == tokenizer.fingerprint()
-    for field in ("vocab_size", "bos_id", "eos_id", "pad_id", "stop_ids", "chat_template"):
+    for field in (
+        "vocab_size",
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "stop_ids",
+        "chat_template",
+        "adds_bos",
+    ):
         assert getattr(again, field) == getattr(tokenizer, field), field
     assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
@@ -269,6 +277,7 @@ def test_gguf_sentencepiece():
         assert tokenizer.decode(engine.encode(text)) == text
         assert "".join(decode_stream(tokenizer, engine.encode(text))) == text
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.adds_bos
     metadata, _ = _spm_metadata(False)
     plain = tokenizer_from_gguf_metadata(metadata)
     assert plain.decode(plain.encode("cat")) == "cat"
