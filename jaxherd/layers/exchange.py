@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxherd.core.platform import platform
+from jaxherd.layers.permute import permute
 
 
 def exchange_rows(compute: Callable, rows_RD, sizes_E, axis: str):
@@ -32,8 +33,8 @@ def exchange_rows(compute: Callable, rows_RD, sizes_E, axis: str):
     arrived_CD = ragged_all_to_all(rows_RD, counts_PP, here, capacity, axis)
     mine_Pe = sizes_PPe[:, here]
     order_C, back_C, sizes_e = _regroup(mine_Pe, capacity)
-    computed_CD = compute(jnp.take(arrived_CD, order_C, axis=0), sizes_e)
-    returned_CD = jnp.take(computed_CD, back_C, axis=0)
+    computed_CD = compute(permute(arrived_CD, order_C, back_C), sizes_e)
+    returned_CD = permute(computed_CD, back_C, order_C)
     return ragged_all_to_all(returned_CD, counts_PP.T, here, rows_RD.shape[0], axis)
 
 

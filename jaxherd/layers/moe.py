@@ -18,6 +18,7 @@ from jaxherd.kernels.grouped_matmul import grouped_matmul
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.linear import normal
+from jaxherd.layers.permute import permute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +227,9 @@ def _experts_of_device(
     expert_R = rearrange(chosen_BTk, "B T k -> (B T k)")
     gate_R1 = rearrange(gates_BTk, "B T k -> (B T k) 1")
     order_R = jnp.argsort(expert_R, stable=True)
-    rows_RD = jnp.take(x_ND, order_R // config.top_k, axis=0)
-    sorted_gate_R1 = jnp.take(gate_R1, order_R, axis=0)
+    back_R = jnp.argsort(order_R)
+    rows_RD = permute(jnp.repeat(x_ND, config.top_k, axis=0), order_R, back_R)
+    sorted_gate_R1 = permute(gate_R1, order_R, back_R)
     if config.scale == "input":
         rows_RD = rows_RD * sorted_gate_R1
     sizes_E = jnp.bincount(expert_R, length=config.num_experts).astype(jnp.int32)
@@ -246,6 +248,5 @@ def _experts_of_device(
         out_RD = jax.lax.psum(out_RD, tensor_axes)
     if config.scale == "output":
         out_RD = out_RD * sorted_gate_R1
-    back_R = jnp.argsort(order_R)
-    out_NkD = rearrange(jnp.take(out_RD, back_R, axis=0), "(N k) D -> N k D", k=config.top_k)
+    out_NkD = rearrange(permute(out_RD, back_R, order_R), "(N k) D -> N k D", k=config.top_k)
     return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)

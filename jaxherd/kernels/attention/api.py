@@ -15,6 +15,9 @@ IMPLEMENTATIONS = ("reference", "xla", "splash")
 # Below this many scores per head and row the whole score matrix is cheaper than a loop.
 _DENSE_SCORES = 1 << 20
 
+# Local rules up to this size are computed for all blocks at once.
+_LOCAL_SIZE = 512
+
 
 def attention(
     q_BTHD: Float[Array, "B T N D"],
@@ -64,6 +67,9 @@ def attention(
         from jaxherd.kernels.attention import splash
 
         return splash.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale, interpret=interpret)
+    short = mask.size is not None and mask.size <= _LOCAL_SIZE and mask.size < q_BTHD.shape[1]
+    if implementation == "xla" and mask.self_attention and mask.is_local and short:
+        return reference.attend_local(q_BTHD, k_BSKD, v_BSKD, mask, scale)
     if implementation == "xla" and q_BTHD.shape[1] * k_BSKD.shape[1] > _DENSE_SCORES:
         return reference.attend_blocked(q_BTHD, k_BSKD, v_BSKD, mask, scale)
     return reference.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale)

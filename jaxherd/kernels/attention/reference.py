@@ -28,24 +28,64 @@ def attend(
 
     Query head h uses key/value head h // (N / K).  A query that sees no key gives zeros.
     """
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = rearrange(q_BTNH, "B T (K G) H -> B T K G H", K=kv_heads)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32
+    kv_heads, groups = k_BSKH.shape[2], q_BTNH.shape[2] // k_BSKH.shape[2]
+    # One batch axis and two matrix axes: the form that every backend has a fast product for.
+    q_bmH = rearrange(q_BTNH * scale, "B T (K G) H -> (B K) (G T) H", K=kv_heads)
+    k_bSH = rearrange(k_BSKH, "B S K H -> (B K) S H")
+    v_bSH = rearrange(v_BSKH, "B S K H -> (B K) S H")
+    scores_bmS = jnp.einsum("bmH,bSH->bmS", q_bmH, k_bSH, preferred_element_type=jnp.float32)
+    scores = rearrange(scores_bmS, "(B K) (G T) S -> B (K G) T S", K=kv_heads, G=groups)
+    scores = jnp.where(mask.dense()[:, None], scores, _MASKED)
+    peak = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), _MASKED / 2))
+    # Masked scores underflow to exactly zero, also in rows without any key.
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights * (1.0 / jnp.where(total > 0, total, 1.0))
+    weights_bmS = rearrange(weights, "B (K G) T S -> (B K) (G T) S", K=kv_heads)
+    out_bmH = jnp.einsum(
+        "bmS,bSH->bmH", weights_bmS.astype(v_bSH.dtype), v_bSH, preferred_element_type=jnp.float32
     )
-    seen_B11TS = mask.dense()[:, None, None]
-    scores_BKGTS = jnp.where(seen_B11TS, scores_BKGTS, _MASKED)
-    peak = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
-    weights_BKGTS = jnp.where(seen_B11TS, jnp.exp(scores_BKGTS - peak), 0.0)
-    total = weights_BKGTS.sum(axis=-1, keepdims=True)
-    weights_BKGTS = weights_BKGTS / jnp.where(total > 0, total, 1.0)
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        weights_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
+    out_BTNH = rearrange(out_bmH, "(B K) (G T) H -> B T (K G) H", K=kv_heads, G=groups)
+    return out_BTNH.astype(q_BTNH.dtype)
+
+
+def attend_local(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float):
+    """Equal to `attend` for self-attention under a local rule, in time and memory O(T size).
+
+    Queries are cut to blocks of `size`, each with the keys of its own and the block before; with
+    contiguous rows a chunk is a block and needs no other.
+    """
+    assert mask.self_attention and mask.size is not None
+    batch, length = q_BTNH.shape[:2]
+    size = mask.size
+    alone = mask.kind == "chunked" and mask.contiguous
+    pad = -length % size
+    mask = _padded(mask, pad, 0 if alone else size, pad)
+    widths = ((0, 0), (0 if alone else size, pad), (0, 0), (0, 0))
+    q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    k, v = jnp.pad(k_BSKH, widths), jnp.pad(v_BSKH, widths)
+
+    def own(x):
+        return None if x is None else x.reshape(-1, size, *x.shape[2:])
+
+    def seen(x):
+        if x is None or alone:
+            return own(x)
+        blocks = x.reshape(batch, -1, size, *x.shape[2:])
+        pairs = jnp.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=2)
+        return pairs.reshape(-1, 2 * size, *x.shape[2:])
+
+    blocked = dataclasses.replace(
+        mask,
+        q_positions_BT=own(mask.q_positions_BT),
+        q_segments_BT=own(mask.q_segments_BT),
+        k_positions_BS=seen(mask.k_positions_BS),
+        k_segments_BS=seen(mask.k_segments_BS),
+        self_attention=False,
+        contiguous=False,
     )
-    return rearrange(out_BTKGH, "B T K G H -> B T (K G) H").astype(q_BTNH.dtype)
+    out = attend(own(q), seen(k), seen(v), blocked, scale)
+    return out.reshape(batch, length + pad, *out.shape[2:])[:, :length]
 
 
 def attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, block: int = 512):
