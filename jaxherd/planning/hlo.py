@@ -20,7 +20,9 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .+ \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -372,9 +374,7 @@ def _mesh_groups(axes: str, order: str, chosen: str) -> tuple[tuple[int, ...], .
             done = outer * width
         outside.append((size // done, stride // size))
         stride //= size
-    return tuple(
-        tuple(ids[base + step] for step in _offsets(inside)) for base in _offsets(outside)
-    )
+    return tuple(tuple(ids[base + step] for step in _offsets(inside)) for base in _offsets(outside))
 
 
 def _offsets(parts: list[tuple[int, int]]) -> list[int]:

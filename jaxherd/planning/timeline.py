@@ -170,9 +170,7 @@ class _Walker:
             return "step", found, holder
         return ("fused" if matmul else "sync"), found, holder
 
-    def _find(
-        self, called: str
-    ) -> tuple[Instruction | None, Computation | None, set[str], bool]:
+    def _find(self, called: str) -> tuple[Instruction | None, Computation | None, set[str], bool]:
         found, holder, markers, matmul = None, None, set(), False
         stack, seen = [called], set()
         while stack:
@@ -264,5 +262,7 @@ def build_timeline(module: Module, fabric: Fabric, model: CostModel) -> Timeline
     walker = _Walker(module, fabric, model)
     walker.timeline.total_seconds = walker.walk(module.entry)
     walker.timeline.kernels = tuple(walker.kernels)
-    walker.timeline.unpriced_kernels = tuple(k for k, priced in walker.kernels.items() if not priced)
+    walker.timeline.unpriced_kernels = tuple(
+        k for k, priced in walker.kernels.items() if not priced
+    )
     return walker.timeline
