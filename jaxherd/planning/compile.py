@@ -63,7 +63,7 @@ def compile_plan(
     """
     _check_devices(abstract_args, target, mesh)
     options = dict(compiler_options or {})
-    common = dict(
+    common: dict[str, Any] = dict(
         experiment=experiment,
         slice=target.name,
         chips=target.chips,
@@ -92,7 +92,7 @@ def compile_plan(
     needed = memory.arguments + memory.outputs - memory.aliased + memory.temporaries + memory.code
     # CPU and GPU compilers accept any size; there the table's figure decides.
     fits = target.kind == "tpu" or needed <= target.chip.hbm_gib
-    plan = dict(
+    plan: dict[str, Any] = dict(
         common,
         fits=fits,
         hbm_gib_per_chip=needed,

@@ -13,10 +13,24 @@ from jaxherd.planning.hlo import Computation, Instruction, Module
 # What well-tuned attention and grouped-matmul kernels reach of a TPU's bf16 peak.
 KERNEL_EFFICIENCY = 0.6
 
+# Lines that move nothing: names for values, control flow (booked by what it runs), ends of copies.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while call conditional partition-id "
-    "replica-id after-all add-dependency optimization-barrier copy-done slice-done "
-    "domain".split()
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "call",
+        "conditional",
+        "partition-id",
+        "replica-id",
+        "after-all",
+        "add-dependency",
+        "optimization-barrier",
+        "domain",
+    )
 )
 _MATMULS = frozenset(("dot", "convolution"))
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")

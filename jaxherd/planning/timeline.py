@@ -248,7 +248,7 @@ def _chain(instruction: Instruction) -> str:
 
 
 def collective_groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Return the device groups of a collective; a permute's chains of neighbours count as groups."""
+    """Return the device groups of a collective; of a permute, its (source, target) pairs."""
     marker = "source_target_pairs={{"
     if marker not in instruction.attributes:
         return replica_groups(instruction.attributes, devices)

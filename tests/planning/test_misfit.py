@@ -105,8 +105,8 @@ def test_vmem_overflow_names_the_kernel():
 
 
 def test_other_forms_of_the_message():
-    listed = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. \
-Exceeded hbm capacity by 2.75G.
+    listed = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.
+Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.
 
 Largest program allocations in hbm:
 
