@@ -108,7 +108,8 @@ def compile_plan(
         arguments = memory.arguments
         plan["advice"] = misfit.advise(target, needed, arguments, dict(mesh.shape))
         plan["bottleneck"] = "memory"
-    return Plan(**(plan | {"notes": tuple(notes)}))
+    plan["notes"] = tuple(notes)
+    return Plan(**plan)
 
 
 def _check_devices(arguments: Sequence[Any], target: Target, mesh: Any) -> None:
@@ -170,12 +171,13 @@ def roofline(
     is the largest of the three terms.
     """
     chip = target.chip
-    timeline = build_timeline(module, Fabric(target, mesh), CostModel(module, chip, matmul_dtype))
+    fabric = Fabric(target, mesh, module.num_partitions)
+    timeline = build_timeline(module, fabric, CostModel(module, chip, matmul_dtype))
     compute = flops_per_step / (target.chips * chip.peak(matmul_dtype))
     hbm = timeline.hbm_bytes * chip.devices_per_chip / chip.hbm_bytes_per_s
-    on_links = sum(use.seconds * use.count for use in timeline.collectives)
-    exposed = sum(use.exposed_seconds * use.count for use in timeline.collectives)
-    sent = sum(use.wire_bytes * use.count for use in timeline.collectives)
+    on_links = sum((use.seconds * use.count for use in timeline.collectives), 0.0)
+    exposed = sum((use.exposed_seconds * use.count for use in timeline.collectives), 0.0)
+    sent = sum((use.wire_bytes * use.count for use in timeline.collectives), 0.0)
     modelled = target.kind == "tpu"
     if modelled:
         terms = {"compute": compute, "hbm": hbm, "collectives": exposed}
@@ -215,6 +217,11 @@ def _notes(timeline: Timeline, target: Target) -> tuple[str, ...]:
     if timeline.unpriced_kernels:
         names = ", ".join(timeline.unpriced_kernels[:5])
         notes.append(f"Kernels without a FLOP count are priced by their bytes alone: {names}.")
+    if any(use.unit == "network" for use in timeline.collectives):
+        notes.append(
+            "Between slices: time on the network is bytes over its data-sheet rate, and the copies "
+            "between chip and host are left out."
+        )
     if timeline.unknown_loops:
         names = ", ".join(timeline.unknown_loops[:5])
         notes.append(f"Loops without a constant trip count are counted once: {names}.")
@@ -252,9 +259,9 @@ def largest_buffers(module: Module, limit: int = 8) -> tuple[Buffer, ...]:
     They need not all live at the same time.
     """
     found: dict[tuple[str, str], float] = {}
-    skip = ("tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+    skip = ("tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "send", "recv")
     for line, computation, _ in module.schedule():
-        if line.opcode in skip or line.opcode.endswith("-done"):
+        if line.opcode in skip or line.opcode.endswith(("-start", "-done")):
             continue
         if line.opcode == "parameter" and computation.name != module.entry:
             continue

@@ -72,7 +72,7 @@ class CostModel:
         if opcode in _FREE or opcode.endswith("-done"):
             return Cost(0.0, 0.0, 0.0)
         moved = self.hbm_bytes(instruction, computation)
-        if opcode.endswith("-start"):
+        if opcode.endswith("-start") or opcode in ("send", "recv"):
             return Cost(0.0, 0.0, moved)
         transfer = moved / self.bandwidth
         if opcode == "custom-call":

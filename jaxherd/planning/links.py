@@ -57,10 +57,15 @@ def wire_bytes(op: str, operand_bytes: float | int, size: int) -> float:
 class Fabric:
     """The links of a target, seen through the mesh a program was compiled for."""
 
-    def __init__(self, target: Target, mesh: Any):
+    def __init__(self, target: Target, mesh: Any, partitions: int | None = None):
         self.target = target
         self.mesh = mesh
-        self.devices = list(mesh.devices.flat)
+        everyone = list(mesh.devices.flat)
+        self.index = list(range(len(everyone)))
+        # The program of a multi-slice job covers one slice; its positions count within that.
+        if target.num_slices > 1 and partitions == target.devices_per_slice:
+            self.index = [i for i in self.index if not getattr(everyone[i], "slice_index", 0)]
+        self.devices = [everyone[i] for i in self.index]
 
     def _place(self, position: int) -> tuple[int, tuple[int, ...]]:
         device = self.devices[position]
@@ -132,6 +137,24 @@ class Fabric:
             total += sent * chip.devices_per_chip / chip.dcn_bytes_per_s
         return total
 
+    def between_slices(self, op: str, operand_bytes: float | int, slices: int) -> float:
+        """Return the least time for one device to exchange with its peers in other slices."""
+        sent = wire_bytes(op, operand_bytes, slices)
+        return sent * self.target.chip.devices_per_chip / self.target.chip.dcn_bytes_per_s
+
+    def slice_axes(self) -> str:
+        """Name the mesh axes that cross slices, in brackets where they also run inside one."""
+        shape = self.mesh.devices.shape
+        names, inside = [], True
+        for axis, name in enumerate(self.mesh.axis_names):
+            lines = _lines(self.mesh.devices, axis)
+            counts = {len({getattr(d, "slice_index", 0) for d in line}) for line in lines}
+            if max(counts) > 1:
+                names.append(name)
+                inside = inside and max(counts) == shape[axis]
+        label = "+".join(names)
+        return label if inside else f"[{label}]"
+
     def axes(self, groups: tuple[tuple[int, ...], ...]) -> str:
         """Name the mesh axes whose devices form these groups, such as `fsdp` or `data+fsdp`.
 
@@ -141,7 +164,7 @@ class Fabric:
         import numpy as np
 
         names, shape = self.mesh.axis_names, self.mesh.devices.shape
-        coordinates = np.stack(np.unravel_index(np.arange(len(self.devices)), shape), axis=-1)
+        coordinates = np.stack(np.unravel_index(self.index, shape), axis=-1)
         varying = set()
         for group in groups:
             block = coordinates[list(group)]
@@ -152,3 +175,10 @@ class Fabric:
             expected *= shape[i]
         whole = all(len(group) == expected for group in groups)
         return label if whole else f"[{label}]"
+
+
+def _lines(devices: Any, axis: int) -> list[list[Any]]:
+    """Return the lines of a device array along `axis`."""
+    import numpy as np
+
+    return np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis]).tolist()

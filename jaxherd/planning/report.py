@@ -43,7 +43,7 @@ class CollectiveRow:
     """The part of it in which the core waits; an estimate."""
     asynchronous: bool
     unit: str
-    """Who drives it: `tensorcore`, `sparsecore` or `dma`."""
+    """Who drives it: `tensorcore`, `sparsecore`, `dma` or, between slices, `network`."""
     where: str
     """JAX name stack of one of them."""
 

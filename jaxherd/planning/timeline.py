@@ -8,9 +8,11 @@ same computation never hides both.  A loop counts as its body's time, times its 
 The four shapes of an asynchronous collective in the text: `all-gather-start` ... `-done`;
 `call-start` ... `call-done` around a computation on the SparseCore; `async-start` ... `-done`; and
 an asynchronous collective fusion on the TensorCore, whose start, steps (fused with matmuls) and end
-are fusions that share a chain number.
+are fusions that share a chain number.  Between slices the host's network runtime does the work: a
+`send` that names the collective, and a `recv-done` that waits for it.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from jaxherd.planning.costs import Cost, CostModel
@@ -40,7 +42,7 @@ class CollectiveUse:
     seconds: float
     asynchronous: bool
     unit: str
-    """Who drives it: `tensorcore`, `sparsecore` or `dma`."""
+    """Who drives it: `tensorcore`, `sparsecore`, `dma` or, between slices, `network`."""
     op_name: str
     dtype: str
     count: float = 0.0
@@ -82,6 +84,19 @@ class _Walker:
         for line in computation.instructions:
             if line.opcode in ("while", "call", "conditional"):
                 clock += self._inner(line)
+                continue
+            if rendezvous := _between_slices(line):
+                if line.opcode == "send":
+                    use = self._slice_use(line, computation, times)
+                    begin = max([clock, *(f for o, f in flying.values() if o.unit == "network")])
+                    flying[rendezvous] = (use, begin + use.seconds)
+                else:
+                    chains[line.name] = rendezvous
+                continue
+            if line.opcode == "recv-done" and line.operands:
+                key = chains.get(line.operands[0], "")
+                if key in flying:
+                    clock = self._land(flying.pop(key), clock)
                 continue
             kind, inner, holder = self._collective(line, computation)
             if kind == "done":
@@ -187,6 +202,29 @@ class _Walker:
                 stack.extend(n for _, n in inner.called)
         return found, holder, markers, matmul
 
+    def _slice_use(
+        self, line: Instruction, computation: Computation, times: float
+    ) -> CollectiveUse:
+        op = _attribute(line, "_xla_megascale_transfer_type").lower().replace("_", "-")
+        slices = _slices(_attribute(line, "_xla_megascale_target"), self.fabric.target.num_slices)
+        size = line.shapes[0].bytes
+        use = CollectiveUse(
+            name=line.name,
+            op=op if op in COLLECTIVES else "send",
+            axes=self.fabric.slice_axes(),
+            group_size=slices,
+            wire_bytes=wire_bytes(op, size, slices),
+            seconds=self.fabric.between_slices(op, size, slices),
+            asynchronous=True,
+            unit="network",
+            op_name=line.op_name,
+            dtype=line.shapes[0].dtype,
+            count=times,
+            resources=frozenset(("dcn",)),
+        )
+        self.timeline.collectives.append(use)
+        return use
+
     @staticmethod
     def _started_by(line: Instruction, inner: Instruction | None, chains: dict[str, str]) -> str:
         if inner is not None and _chain(inner) in chains and line.opcode == "fusion":
@@ -236,6 +274,32 @@ class _Walker:
         )
         self.timeline.collectives.append(use)
         return use
+
+
+def _attribute(instruction: Instruction, key: str) -> str:
+    found = re.search(rf'{key}="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
+
+
+def _between_slices(instruction: Instruction) -> str:
+    """Return the name by which a `send` or `recv` between slices is known, or nothing."""
+    if instruction.opcode not in ("send", "recv"):
+        return ""
+    if "_xla_megascale_transfer_type" not in instruction.attributes:
+        return ""
+    return _attribute(instruction, "_xla_host_transfer_rendezvous")
+
+
+def _slices(target: str, default: int) -> int:
+    """Count the slices in a target such as `{1,2}x{0:3}`; the last group of ids counts devices."""
+    found = re.match(r"\{([\d,:]+)\}", target)
+    if not found:
+        return default
+    total = 0
+    for part in found[1].split(","):
+        first, _, last = part.partition(":")
+        total += int(last or first) - int(first) + 1
+    return total
 
 
 def _chain(instruction: Instruction) -> str:

@@ -192,3 +192,63 @@ def test_option_sets():
     with pytest.raises(JaxherdError, match="for TPUs"):
         options_for(parse_target("h100:8"), "sparsecore")
     assert all(flags.why for flags in FLAG_SETS.values())
+
+
+def test_between_slices_the_network_is_seen():
+    """Two slices: gathered and scattered inside, all-reduced across by the network runtime."""
+    target = parse_target("2*v5e:2x2")
+    mesh = Mesh(np.array(abstract_devices(target)).reshape(2, 4), ("data", "fsdp"))
+
+    def place(*spec):
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    def step(w_DF, x_TD):
+        def loss(w_DF):
+            w_DF = jax.lax.with_sharding_constraint(w_DF, place())
+            return jnp.mean(jnp.tanh(x_TD @ w_DF).astype(jnp.float32) ** 2)
+
+        return w_DF - jax.grad(loss)(w_DF).astype(w_DF.dtype)
+
+    w = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16, sharding=place("fsdp"))
+    x = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=place(("data", "fsdp")))
+    plan = compile_plan(
+        jax.jit(step, donate_argnums=0, out_shardings=w.sharding),
+        (w, x),
+        target=target,
+        mesh=mesh,
+        flops_per_step=6.0 * 4096 * 1024 * 2048,
+        tokens_per_step=4096,
+        experiment="test/slices",
+    )
+    (across,) = [row for row in plan.collectives if row.unit == "network"]
+    assert (across.op, across.axes, across.group_size) == ("all-reduce", "data", 2)
+    # Each device all-reduces its quarter of the gradient with its peer in the other slice.
+    quarter = 1024 * 2048 * 2 / 4
+    assert across.bytes == pytest.approx(2 * quarter / 2)
+    assert across.seconds == pytest.approx(quarter / (25e9 / 8))
+    inside = {row.op: row for row in plan.collectives if row.unit != "network"}
+    assert inside["all-gather"].axes == inside["reduce-scatter"].axes == "fsdp"
+    assert inside["all-gather"].bytes == 3 * quarter
+    assert any("Between slices" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", ["cpu", "v5e:1x1"])
+def test_one_device_has_no_collectives(name):
+    target = parse_target(name)
+    mesh = Mesh(np.array(abstract_devices(target)), ("data",))
+    place = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=place)
+    plan = compile_plan(
+        jax.jit(lambda x: x @ x),
+        (x,),
+        target=target,
+        mesh=mesh,
+        flops_per_step=2.0 * 256**3,
+        tokens_per_step=256,
+        experiment="test/cpu",
+        matmul_dtype="f32",
+    )
+    assert plan.fits and plan.collectives == () and plan.collective_bytes == 0
+    assert plan.memory.arguments * GIB == 256 * 256 * 4
+    assert (plan.non_matmul_share is None) == (target.kind == "cpu")
+    assert plan.exposed_collective_share is None
