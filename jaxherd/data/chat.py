@@ -1,0 +1,108 @@
+"""Chat templates: messages to the prompt text a model was trained on.
+
+The template comes with a checkpoint, so it is untrusted: it runs in Jinja's immutable sandbox,
+where it can reach neither attributes of Python objects nor files.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxherd.core.errors import JaxherdError, missing_extra
+from jaxherd.data.tokenizers.base import Tokenizer
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
+    """Render a chat template.
+
+    Args:
+        template: Jinja source; `raise_exception`, `strftime_now` and `tojson` are available to it.
+        messages: mappings with `role` and `content`.
+        add_generation_prompt: end with the opening of the assistant's turn.
+        variables: further names for the template (bos_token, tools, ...).
+
+    Raises JaxherdError if the template is invalid, refuses the messages, or leaves the sandbox.
+    """
+    try:
+        import jinja2
+        import jinja2.sandbox
+        from jinja2.ext import loopcontrols
+    except ImportError as error:
+        raise missing_extra("jinja2", "text", "A chat template") from error
+
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise JaxherdError(f"A chat message needs a role and a content: {dict(message)!r}.")
+
+    def refuse(reason: str) -> None:
+        raise JaxherdError(f"The chat template refuses these messages: {reason}.")
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    # Jinja's own tojson escapes for HTML, which is no part of a prompt.
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(template).render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+    except jinja2.TemplateError as error:
+        raise JaxherdError(f"The chat template failed: {error}.") from error
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise JaxherdError(f"The chat template does not fit these messages: {error}.") from error
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """Return the prompt's token ids; control tokens come from the template only.
+
+    The rendered text is encoded in one piece, as the model was trained.  If a message contains
+    the name of a control token, its content is encoded apart and as plain text, so that a user
+    cannot end a turn or speak as the system.
+    """
+    template = template or tokenizer.chat_template
+    if template is None:
+        raise JaxherdError("The tokenizer has no chat template: pass template=, or a plain prompt.")
+    special = tokenizer.special_tokens()
+    names = {i: name for name, i in special.items()}
+    for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        variables.setdefault(role, names.get(i, "") if i is not None else "")
+    options = {"add_generation_prompt": add_generation_prompt, **variables}
+    forged = [m for m in messages if any(name in str(m["content"]) for name in special)]
+    if not forged:
+        return tokenizer.encode(render(template, messages, **options), parse_special=True)
+    # Private-use characters mark where the suspicious contents go.
+    marks = {f"\ue000{n}\ue001": str(m["content"]) for n, m in enumerate(messages) if m in forged}
+    marked = [
+        {**m, "content": f"\ue000{n}\ue001"} if m in forged else m for n, m in enumerate(messages)
+    ]
+    rest = render(template, marked, **options)
+    ids: list[int] = []
+    while rest:
+        places = [(rest.find(mark), mark) for mark in marks if mark in rest]
+        if not places:
+            break
+        at, mark = min(places)
+        ids += tokenizer.encode(rest[:at], parse_special=True) if at else []
+        ids += tokenizer.encode(marks[mark])
+        rest = rest[at + len(mark) :]
+    return ids + (tokenizer.encode(rest, parse_special=True) if rest else [])
