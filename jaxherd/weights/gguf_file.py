@@ -82,7 +82,7 @@ class GgufStore:
         self._places: dict[str, tuple[Any, int, int]] = {}
         try:
             self._data = np.memmap(path, mode="r")
-            self._parse(_Cursor(memoryview(self._data)))
+            self._parse(_Cursor(self._data.data))
         except JaxherdError:
             raise
         except (ValueError, OSError, struct.error, OverflowError, MemoryError) as error:

@@ -126,6 +126,7 @@ def _read_mobilellm(config: Mapping[str, Any]) -> DecoderConfig:
 def _read_llama4_text(config: Mapping[str, Any]) -> DecoderConfig:
     common = _common(config, 1e-5, 131072)
     count, chunk = int(config["num_hidden_layers"]), config.get("attention_chunk_size", 8192)
+    size = None if chunk is None else int(chunk)
     heads, bias = int(config["num_attention_heads"]), bool(config.get("attention_bias", False))
     rope = read_rope(config, max_length=common["max_length"], default_theta=500000.0)
     interval = int(config.get("no_rope_layer_interval") or 4)
@@ -156,13 +157,13 @@ def _read_llama4_text(config: Mapping[str, Any]) -> DecoderConfig:
     expert_dim = int(config["intermediate_size"])
 
     def layer(i: int) -> LayerConfig:
-        rotates, local = bool(uses_rope[i]), kinds[i] == "chunked_attention" and chunk is not None
+        rotates, local = bool(uses_rope[i]), kinds[i] == "chunked_attention" and size is not None
         attention = AttentionConfig(
             heads,
             int(config.get("num_key_value_heads") or heads),
             int(config.get("head_dim") or 128),
             kind="chunked" if local else "causal",
-            size=int(chunk) if local else None,
+            size=size if local else None,
             rope=rope if rotates else None,
             qk_norm="unit_after_rope" if rotates and config.get("use_qk_norm", True) else "none",
             temperature=temperature if tuned and not rotates else None,

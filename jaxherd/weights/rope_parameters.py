@@ -84,13 +84,17 @@ def read_rope(config: Mapping[str, Any], *, max_length: int, default_theta: floa
     values["truncate"] = bool(given.get("truncate", True))
     for name in ("short_factor", "long_factor"):
         values[name] = tuple(float(x) for x in given.get(name) or ())
-    used = {name: values[name] for name in _RELEVANT[kind] if name != "context_length"}
+    present = {name: values[name] for name in _RELEVANT[kind] if name != "context_length"}
     optional = ("attention_factor", "mscale", "mscale_all_dim")
-    absent = [name for name, value in used.items() if value in (None, ()) and name not in optional]
+    absent = [
+        name for name, value in present.items() if value in (None, ()) and name not in optional
+    ]
     if absent:
         raise JaxherdError(f"config.json: RoPE scaling {kind!r} lacks {', '.join(absent)}.")
     numbers = ("original_length", "truncate", "short_factor", "long_factor")
-    used = {k: v if k in numbers or v is None else float(v) for k, v in used.items()}
+    used: dict[str, Any] = {
+        k: v if k in numbers or v is None else float(v) for k, v in present.items()
+    }
     return RopeConfig(theta, RopeScaling(kind, **used))
 
 

@@ -88,7 +88,7 @@ def _write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
 
 
 def _token_ids(generation: GenerationDefaults | None) -> dict[str, Any]:
-    """Return the ids of a config.json; absent ones are written, readers assume 1 and 2 otherwise."""
+    """Return the ids of a config.json, absent ones too: readers would assume 1 and 2."""
     known = generation.to_hf() if generation is not None else {}
     return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 

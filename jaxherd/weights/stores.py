@@ -9,7 +9,7 @@ import math
 import pathlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -34,11 +34,12 @@ DTYPES: dict[str, np.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@runtime_checkable
 class TensorStore(Protocol):
     """Named tensors whose shapes are known before they are read."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, np.dtype]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
     where: str
 
     def read(self, name: str) -> np.ndarray:
