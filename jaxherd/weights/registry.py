@@ -1,0 +1,76 @@
+"""Which config classes a checkpoint of ours may name, and how it is laid out.
+
+Our format is a folder with `config.json` (`{"format": "jaxherd", "version": 1, "model": ...}`)
+and safetensors whose names are `params/<path>` and `buffers/<path>`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from jaxherd.core.config_io import from_dict, to_dict
+from jaxherd.core.errors import JaxherdError
+from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
+from jaxherd.layers.feed_forward import FeedForwardConfig
+from jaxherd.layers.moe import MoeConfig
+from jaxherd.layers.rope import RopeConfig, RopeScaling
+from jaxherd.models.decoder import DecoderConfig, LayerConfig
+
+FORMAT, VERSION = "jaxherd", 1
+
+# A model's config class joins this list to be saved and loaded; it needs `build(key)`.
+CONFIG_CLASSES: list[type] = [
+    AttentionConfig,
+    DecoderConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    MoeConfig,
+    RopeConfig,
+    RopeScaling,
+    TemperatureTuning,
+]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+      JaxherdError: it is absent, damaged or no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxherdError(f"There is no {path.name} in {str(path.parent)!r}.") from None
+    except (OSError, ValueError) as error:
+        raise JaxherdError(f"{str(path)!r} is no valid JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise JaxherdError(f"{str(path)!r} holds no JSON object.")
+    return data
+
+
+def own_config(data: dict[str, Any], where: str) -> Any:
+    """Return the config of a folder in our format.
+
+    Raises:
+      JaxherdError: a later version, or an entry that does not fit.
+    """
+    if data.get("version") != VERSION:
+        raise JaxherdError(
+            f"{where} is in version {data.get('version')!r} of our format; this jaxherd reads "
+            f"{VERSION}."
+        )
+    config = from_dict(data.get("model"), CONFIG_CLASSES, where="model")
+    if not hasattr(config, "build"):
+        raise JaxherdError(f"{where}: {type(config).__name__} is a part of a model, not a model.")
+    return config
+
+
+def own_entries(config: Any) -> dict[str, Any]:
+    """Return the `config.json` of our format.
+
+    Raises:
+      JaxherdError: the config's class is not registered.
+    """
+    data = to_dict(config)
+    from_dict(data, CONFIG_CLASSES, where="model")  # what we write, we can read
+    return {"format": FORMAT, "version": VERSION, "model": data}

@@ -1,0 +1,119 @@
+"""`save(module, folder)`: whole or not at all."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.modules import flatten, split
+from jaxherd.weights import registry
+from jaxherd.weights.generation import GenerationDefaults
+from jaxherd.weights.hf_config import write_config
+from jaxherd.weights.mapping import Placement, place
+from jaxherd.weights.stores import write_shards
+
+FORMATS = ("hf", "jaxherd")
+
+
+def save(
+    module: Any,
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "jaxherd",
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: Any = None,
+    generation: GenerationDefaults | None = None,
+) -> pathlib.Path:
+    """Write a model to a new folder and return its path.
+
+    Args:
+      module: what `load` or a config's `build` gave.
+      folder: must not exist, or be empty.
+      format: "hf" (safetensors and config.json as Hugging Face reads them) or "jaxherd" (any
+        registered model, untrained variables included).
+      max_shard_bytes: larger models are split into several files with an index.
+      tokenizer: is saved beside the model.
+      generation: stop tokens and sampling defaults, saved beside the model.
+    Raises:
+      JaxherdError: an unknown format, a folder that is not empty, or a model that the format
+        cannot express; nothing is written then.
+    """
+    if format not in FORMATS:
+        raise JaxherdError(f"no checkpoint format {format!r}; " + nearest(format, FORMATS))
+    if max_shard_bytes < 1:
+        raise JaxherdError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+    target = pathlib.Path(folder).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise JaxherdError(f"{str(target)!r} exists and is not empty: name a new folder.")
+    _, params, buffers = split(module)
+    if format == "hf":
+        architecture, entries = write_config(module.config)
+        entries |= _token_ids(generation)
+        tensors = _hf_tensors(module.config, architecture, flatten(params) | flatten(buffers))
+        # What transformers calls the type of most of the weights.
+        entries["torch_dtype"] = flatten(params)["embedding/table"].dtype.name
+    else:
+        entries = registry.own_entries(module.config)
+        tensors = {
+            f"{kind}/{path}": (tuple(a.shape), np.dtype(a.dtype), lambda a=a: np.asarray(a))
+            for kind, tree in (("params", params), ("buffers", buffers))
+            for path, a in flatten(tree).items()
+        }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        scratch.chmod(0o755)
+        write_shards(scratch, tensors, max_shard_bytes=max_shard_bytes)
+        _write_json(scratch / "config.json", entries)
+        if generation is not None:
+            _write_json(scratch / "generation_config.json", generation.to_hf())
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write_json(path: pathlib.Path, entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def _token_ids(generation: GenerationDefaults | None) -> dict[str, Any]:
+    """Return the ids of a config.json, absent ones too: readers would assume 1 and 2."""
+    known = generation.to_hf() if generation is not None else {}
+    return {name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _hf_tensors(config: Any, architecture: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return name -> (shape, dtype, function that makes the tensor)."""
+    # Stacks come from the device once each, when their first row is wanted.
+    host: dict[str, np.ndarray] = {}
+
+    def piece(p: Placement) -> np.ndarray:
+        if p.path not in host:
+            host[p.path] = np.asarray(jax.device_get(values[p.path]))
+        return p.rule.to_theirs(host[p.path][p.index], p.head_dim)
+
+    groups: dict[str, list[Placement]] = {}
+    for p in place(config, {path: tuple(v.shape) for path, v in values.items()}, architecture):
+        groups.setdefault(p.name, []).append(p)
+
+    def make(group: list[Placement]) -> np.ndarray:
+        if group[0].rule.part is None:
+            return piece(group[0])
+        ordered = sorted(group, key=lambda p: p.rule.part or (0, 1))
+        return np.concatenate([piece(p) for p in ordered], axis=-1)
+
+    return {
+        name: (g[0].shape, np.dtype(values[g[0].path].dtype), lambda g=g: make(g))
+        for name, g in groups.items()
+    }

@@ -1,0 +1,20 @@
+"""Weights and tokens that follow from names, the same in every environment.
+
+`numpy.random.RandomState` is frozen by numpy's compatibility policy.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return N(0, 0.3) for matrices and biases, U(0.5, 1.5) for norm scales."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    if "norm" in name:
+        return random.uniform(0.5, 1.5, shape).astype(np.float32)
+    return random.normal(0.0, 0.3, shape).astype(np.float32)
+
+
+def random_tokens(length: int, vocab_size: int, batch: int = 2) -> np.ndarray:
+    return np.random.RandomState(length).randint(0, vocab_size, (batch, length))
