@@ -1,7 +1,6 @@
 """What several verbs need: experiments with overrides, targets, devices."""
 
 import os
-import warnings
 from typing import Any
 
 from jaxherd.core import catalog
@@ -24,6 +23,14 @@ def load_experiment(name: str, scale: Scale, assignments: tuple[str, ...]) -> Ex
     return catalog.load(name, scale).with_overrides(assignments)
 
 
+def use_platform(name: str) -> None:
+    """Keep jax to one platform, whatever else is installed; before its first use only."""
+    os.environ["JAX_PLATFORMS"] = name
+    import jax
+
+    jax.config.update("jax_platforms", name)
+
+
 def local_devices(on: str) -> tuple[Any, ...]:
     """Return the devices that a run uses, after joining a multi-host group if there is one.
 
@@ -34,12 +41,11 @@ def local_devices(on: str) -> tuple[Any, ...]:
         on.split(":")[0], "tpu"
     )
     if platform == "cpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        # With libtpu installed and no TPU, jax would say so on every start.
-        warnings.filterwarnings("ignore", message=".*TPU.*")
+        # With libtpu installed and no TPU, jax would look for one and say so at every start.
+        use_platform("cpu")
     import jax
 
-    _persistent_cache(jax)
+    persistent_cache()
     if os.environ.get("JAXHERD_COORDINATOR"):
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -80,9 +86,21 @@ def _several_tpu_workers() -> bool:
     )
 
 
-def _persistent_cache(jax: Any) -> None:
+def persistent_cache() -> None:
     """Keep compiled programs between runs, unless the user chose a place or none."""
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = os.environ.get("JAXHERD_CACHE") or os.path.expanduser("~/.cache/jaxherd")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def compiler_options(on: str, devices: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the XLA options for a run: those that a plan for the same target uses."""
+    if devices[0].platform != "tpu":
+        return {}
+    from jaxherd.core.targets import parse_target
+    from jaxherd.planning.flags import options_for
+
+    return {} if on == "tpu" else options_for(parse_target(on))

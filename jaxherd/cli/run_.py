@@ -61,6 +61,7 @@ def main(
             say=say,
             quiet=quiet,
             is_main=main_process,
+            compiler_options=common.compiler_options(on, devices),
         )
     except Interrupted as stopped:
         say(str(stopped))

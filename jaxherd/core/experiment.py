@@ -52,6 +52,7 @@ class StageContext:
       seed: of the whole run.
       say: prints one line for the user.
       quiet: no progress bar.
+      compiler_options: of XLA, the same that a plan for the target used.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class StageContext:
     seed: int
     say: Callable[[str], None] = print
     quiet: bool = False
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

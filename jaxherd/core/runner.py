@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def run_experiment(
     say: Callable[[str], None] = print,
     quiet: bool = False,
     is_main: bool = True,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run all unfinished stages; returns each stage's summary by name.
 
@@ -41,7 +42,7 @@ def run_experiment(
     Args:
       experiment: what to run.
       workdir: made if needed; `<workdir>/<stage>/` belongs to the stage.
-      target, devices, seed, say, quiet: see `StageContext`.
+      target, devices, seed, say, quiet, compiler_options: see `StageContext`.
       is_main: whether this process writes the records (process 0 of a slice).
     Raises:
       JaxherdError: the folder cannot be written or belongs to another run.
@@ -63,6 +64,7 @@ def run_experiment(
             seed=seed,
             say=say,
             quiet=quiet,
+            compiler_options=compiler_options or {},
         )
         summaries[stage.name] = dict(stage.run(context))
         if is_main:

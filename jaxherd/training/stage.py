@@ -123,8 +123,12 @@ class TrainStage:
     initial: str | None = None
     reads: tuple[str, ...] = ()
 
-    def program(self, devices: Any) -> Program:
+    def program(self, devices: Any, compiler_options: Mapping[str, Any] | None = None) -> Program:
         """Return the compiled-on-use program of this stage for these devices.
+
+        Args:
+          devices: real ones, or a target's abstract devices to plan with.
+          compiler_options: of XLA, the same for planning and for running.
 
         Raises:
           JaxherdError: the layout, the batch or a parameter does not fit the devices.
@@ -145,6 +149,7 @@ class TrainStage:
             config=self.step,
             guards=self.guards,
             batch_shardings=shardings,
+            compiler_options=compiler_options,
         )
 
     def _check_accumulate(self, name: str, field: Any, partitioner: Partitioner) -> None:
@@ -159,6 +164,17 @@ class TrainStage:
         """Return the arguments of `program.step` as shapes with shardings."""
         batch = batch_lib.abstract(self.data.batch_spec(), program.batch_shardings)
         return program.abstract_state(), batch, None
+
+    def flops_per_step(self) -> float:
+        """Return the useful FLOPs of one step, counted by the model (or by the objective).
+
+        An objective whose step is more than one pass of the model defines `train_flops(model,
+        spec)`; otherwise the model's own `train_flops` of the batch's first two dimensions counts.
+        """
+        spec = self.data.batch_spec()
+        if hasattr(self.objective, "train_flops"):
+            return self.objective.train_flops(self.model, spec)
+        return self.model.train_flops(*next(iter(spec.values())).shape[:2])
 
     def units_per_step(self) -> int:
         """Return the tokens (frames, samples, ...) of one step."""
@@ -181,7 +197,7 @@ class _Run:
 
     def __init__(self, stage: TrainStage, context: StageContext):
         self.stage, self.context = stage, context
-        self.program = stage.program(context.devices)
+        self.program = stage.program(context.devices, context.compiler_options)
         self.stop = threading.Event()
 
     def run(self) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Program:
         config: StepConfig = StepConfig(),
         guards: Guards = Guards(),
         batch_shardings: Mapping[str, Any],
+        compiler_options: Mapping[str, Any] | None = None,
     ):
         self.model_config, self.objective, self.partitioner = model, objective, partitioner
         self.config, self.guards = config, guards
@@ -87,6 +88,7 @@ class Program:
             in_shardings=(self.state_shardings(), self.batch_shardings, None),
             out_shardings=(self.state_shardings(), None),
             donate_argnums=(0,),
+            compiler_options=dict(compiler_options) if compiler_options else None,
         )
         self.evaluate = jax.jit(
             self._evaluate,

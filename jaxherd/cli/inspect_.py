@@ -1,0 +1,130 @@
+"""`jaxherd inspect`: what an experiment is, before anything trains."""
+
+import json
+from typing import Annotated, Any
+
+import tyro
+
+from jaxherd.cli import common
+from jaxherd.core.experiment import Scale, describe
+
+
+def main(
+    experiment: tyro.conf.Positional[str],
+    /,
+    on: str | None = None,
+    json_: bool = False,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    scale: Scale | None = None,
+    batch: bool = True,
+) -> int:
+    """Show parameters, FLOPs, memory of the state per device, the layout, and one decoded batch.
+
+    Example: jaxherd inspect llama4/scout --on cpu
+
+    Args:
+        experiment: `<paper>/<file>`, or the path of your own file.
+        on: a target such as cpu, gpu:8 or v5p:4x4x8; the experiment's own by default.
+        json_: print JSON, with every field that --set can change.
+        set: override any field of the experiment.
+        scale: cpu, gpu or full; follows from --on if not given.
+        batch: read and decode one batch of data (only at the cpu scale, where the data is small).
+    """
+    from jaxherd.core.targets import parse_target
+
+    common.use_platform("cpu")
+    chosen = scale or ("full" if on is None else common.scale_for(on, None))
+    loaded = common.load_experiment(experiment, chosen, set)
+    target = parse_target(on or loaded.target)
+    stages = [_stage(stage, target, batch and chosen == "cpu") for stage in loaded.stages]
+    record = {
+        "experiment": loaded.name,
+        "scale": loaded.scale,
+        "target": target.name,
+        "stages": stages,
+    }
+    if json_:
+        record["config"] = describe(loaded)
+        print(json.dumps(record, indent=2, default=str))
+        return 0
+    _print(record)
+    return 0
+
+
+def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
+    if not hasattr(stage, "model"):
+        return {"name": stage.name}
+    model, spec = stage.model, stage.data.batch_spec()
+    sizes = stage.layout.sizes(target.devices)
+    about = {
+        "name": stage.name,
+        "parameters": model.num_params(),
+        "active_parameters": getattr(model, "active_params", model.num_params)(),
+        "steps": stage.run_config.steps,
+        "units_per_step": stage.units_per_step(),
+        "flops_per_step": stage.flops_per_step(),
+        "flops_per_token": stage.flops_per_step() / stage.units_per_step(),
+        "total_flops": stage.flops_per_step() * stage.run_config.steps,
+        "layout": {k: v for k, v in sizes.items() if v > 1} or {"devices": 1},
+        "state_gib_per_device": _state_bytes(stage, sizes) / 2**30,
+        "hbm_gib_per_device": target.chip.hbm_gib / target.chip.devices_per_chip,
+        "batch": {name: [list(f.shape), str(f.dtype), list(f.axes)] for name, f in spec.items()},
+    }
+    if hasattr(model, "segments"):
+        about["layers"] = [f"{len(s.pattern)} kinds x {s.count}" for s in model.segments()]
+    if read_batch:
+        data = stage.data.build(split="train", seed=0)
+        about["preview"] = stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
+    return about
+
+
+def _state_bytes(stage: Any, sizes: dict[str, int]) -> float:
+    """Return the bytes of parameters and optimiser state on one device under the layout."""
+    import math
+
+    import jax
+
+    from jaxherd.core.modules import abstract, flatten, split
+
+    definition, params, _ = split(abstract(stage.model.build, jax.random.key(0)))
+    axes, rules = flatten(definition.axes()[0]), stage.layout.rules()
+    optimizer = stage.optimizer.build(stage.run_config.steps, definition.axes()[0])
+    state = jax.eval_shape(optimizer.init, params)
+    moments = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in flatten(params).values())
+    total = 0.0
+    for name, leaf in flatten(params).items():
+        used = {axis for logical in axes[name] if logical for axis in rules[logical]}
+        parts = math.prod(sizes[axis] for axis in used)
+        total += math.prod(leaf.shape) * leaf.dtype.itemsize / parts
+    return total * (1 + moments / whole)
+
+
+def _print(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{record['experiment']}[/bold] ({record['scale']}) on {record['target']}")
+    for stage in record["stages"]:
+        table = Table(
+            title=f"stage {stage['name']}", box=None, show_header=False, title_justify="left"
+        )
+        for name, value in stage.items():
+            if name in ("name", "batch", "preview"):
+                continue
+            table.add_row(name.replace("_", " "), _shown(value))
+        for name, (shape, dtype, axes) in stage.get("batch", {}).items():
+            table.add_row(f"batch: {name}", f"{dtype} {shape} {axes}")
+        console.print(table)
+        if stage.get("preview"):
+            console.print("[bold]one batch, decoded[/bold]")
+            console.print(stage["preview"], markup=False, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

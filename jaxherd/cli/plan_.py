@@ -1,0 +1,91 @@
+"""`jaxherd plan`: compile an experiment's step for a slice that is not here."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.experiment import Experiment, Scale
+
+
+def main(
+    experiment: tyro.conf.Positional[str],
+    /,
+    on: str | None = None,
+    json_: bool = False,
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    scale: Scale | None = None,
+    stage: str | None = None,
+    flags: str | None = None,
+    save: Path | None = None,
+) -> int:
+    """Compile the training step for a slice or GPUs; say whether it fits and what bounds it.
+
+    Nothing runs and no accelerator is needed; the compiler is the real one.
+    Example: jaxherd plan llama4/scout --on v5p:4x4x8
+
+    Args:
+        experiment: `<paper>/<file>`, or the path of your own file.
+        on: v5p:8x8x8, v5e:4x4, v5p-1024, 2*v6e:16x16, h100:8 ...; the experiment's own by default.
+        json_: print the plan as JSON.
+        set: override any field of the experiment.
+        scale: cpu, gpu or full; follows from --on if not given.
+        stage: plan only this stage.
+        flags: named set of compiler options; see tpu/flags.md.
+        save: also write the JSON to this file.
+    """
+    from jaxherd.core.targets import parse_target, prepare_environment
+
+    prepare_environment()
+    chosen = scale or ("full" if on is None else common.scale_for(on, None))
+    loaded = common.load_experiment(experiment, chosen, set)
+    target = parse_target(on or loaded.target)
+    # Planning needs no accelerator, and must not take one that is there.
+    common.use_platform("cpu")
+    plans = [plan_stage(loaded, item, target, flags) for item in _stages(loaded, stage)]
+    for plan in plans:
+        if json_:
+            print(plan.to_json())
+        else:
+            plan.render()
+        if save is not None:
+            plan.save(save)
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def _stages(experiment: Experiment, name: str | None) -> list[Any]:
+    if name is not None:
+        return [experiment.stage(name)]
+    stages = [item for item in experiment.stages if hasattr(item, "program")]
+    if not stages:
+        raise JaxherdError(f"{experiment.name} has no stage that trains: there is nothing to plan.")
+    return stages
+
+
+def plan_stage(experiment: Experiment, stage: Any, target: Any, flags: str | None = None) -> Any:
+    """Return the plan of one stage: the very step that `jaxherd run` would compile there."""
+    from jaxherd.core.targets import abstract_devices
+    from jaxherd.planning.compile import compile_plan
+    from jaxherd.planning.flags import options_for
+
+    def build(on: Any) -> tuple[Any, Any, Any]:
+        program = stage.program(abstract_devices(on))
+        return program.step, stage.abstract_inputs(program), program.partitioner.mesh
+
+    step, arguments, mesh = build(target)
+    return compile_plan(
+        step,
+        arguments,
+        target=target,
+        mesh=mesh,
+        flops_per_step=stage.flops_per_step(),
+        tokens_per_step=math.prod(next(iter(stage.data.batch_spec().values())).shape[:2]),
+        experiment=f"{experiment.name} ({experiment.scale}, {stage.name})",
+        layout_name=stage.layout.name,
+        compiler_options=options_for(target, flags),
+        matmul_dtype={"bfloat16": "bf16"}.get(stage.step.compute_dtype, "f32"),
+        rebuild=build,
+    )
