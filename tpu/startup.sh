@@ -9,7 +9,7 @@ set -euo pipefail
 
 requirement="${1:-jaxherd[tpu,demo,remote]}"
 # Startup scripts run as root without HOME.
-export HOME="${HOME:-/root}"
+export HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"
 environment="${JAXHERD_ENV:-$HOME/jaxherd-env}"
 
 # The image's own Python (3.10 on Ubuntu 22.04) is older than jaxherd needs; uv brings one.
