@@ -53,6 +53,7 @@ _FORMS = {
     ),
 }
 _WAIT_SECONDS = 30
+_PYTHON = "3.12"
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,13 @@ def launch_commands(
 
         copies, requirement = _install(source, name, copy)
         commands += copies
+        # The image's own Python (3.10 on Ubuntu 22.04) is older than jaxherd needs; uv brings one.
         install = (
-            "set -e; python3 -m venv ~/jaxherd-env || "
-            "{ sudo apt-get -y -q install python3-venv && python3 -m venv ~/jaxherd-env; }; "
-            f"~/jaxherd-env/bin/pip install -q -U pip {shlex.quote(requirement)}"
+            "set -e; python3 -m pip install -q --user uv; "
+            "[ -x ~/jaxherd-env/bin/python ] || "
+            f"~/.local/bin/uv venv -q --python {_PYTHON} ~/jaxherd-env; "
+            "~/.local/bin/uv pip install -q --python ~/jaxherd-env/bin/python "
+            f"{shlex.quote(requirement)}"
         )
         commands.append(on_all(node, f"install jaxherd on all workers of {node}", install))
     # All slices are ready before the first one starts: workers wait for each other.

@@ -7,9 +7,9 @@ that takes every s-th chip of an axis shares that axis with s - 1 sister groups.
 routing costs are left out, so this is a lower bound on the time.
 
 Wrap-around: v5p and tpu7x have it on slices made of whole 4x4x4 cubes, v5e and v6e along an axis of
-16 (Google Cloud's v5p, v5e and v6e pages; JAX scaling book, chapter on TPUs).  The two devices of
-a tpu7x chip talk over a die-to-die link, six times one torus link (Google Cloud, tpu7x page), and
-share the chip's torus links.
+16 (Google Cloud's v5p page; JAX scaling book, chapter on TPUs).  The two devices of a tpu7x chip
+share its torus links and talk to each other over a die-to-die link, assumed to carry as much as all
+six of them.
 """
 
 from dataclasses import dataclass
