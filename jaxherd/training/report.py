@@ -51,11 +51,11 @@ def _draw(train: list[dict], held_out: list[dict], folder: Path) -> list[tuple[s
     steps = [r["step"] for r in train]
     window = max(1, len(steps) // 50)
     drawn = []
-    series = {"train": (steps, [_number(r["loss"]) for r in train])}
+    series: dict[str, Any] = {"train": (steps, [_number(r["loss"]) for r in train])}
     marked = []
     for name in [k for k in (held_out[-1] if held_out else {}) if k.endswith("/loss")]:
         points = [(r["step"], _number(r[name])) for r in held_out if name in r]
-        series[name.removesuffix("/loss")] = tuple(map(list, zip(*points)))  # type: ignore
+        series[name.removesuffix("/loss")] = tuple(map(list, zip(*points)))
         marked.append(name.removesuffix("/loss"))
     plots.curves(
         folder / "plots" / "loss.png",
@@ -115,7 +115,7 @@ def _draw_load(train: list[dict], folder: Path) -> None:
     busiest = np.array([_layer_loads(r).max(axis=1) * experts for r in train])
     plots.curves(
         folder / "plots" / "expert_load_time.png",
-        {f"layer {i}": (steps, busiest[:, i]) for i in range(min(layers, 6))},
+        {f"layer {i}": (steps, busiest[:, i].tolist()) for i in range(min(layers, 6))},
         x_label="step",
         y_label="busiest expert / uniform",
         title="Load of the busiest expert",

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
 from jaxherd.core.sharding import Partitioner
-from jaxherd.data import batch as batch_lib
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
@@ -103,7 +103,7 @@ class TrainStage:
     Attributes:
       name, reads: see `jaxherd.core.experiment.Stage`.
       model: a frozen config with `build(key)`, `num_params()` and `train_flops(...)`.
-      data: a `jaxherd.data.batch.DataConfig`.
+      data: a `jaxherd.core.batch.DataConfig`.
       objective: see `jaxherd.training.objectives`.
       initial: name of an earlier stage whose last parameters to start from; None draws fresh ones.
       evaluations, callbacks: run at "eval" moments.
