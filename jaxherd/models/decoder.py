@@ -175,8 +175,12 @@ class Block(Module):
         self.attention_norm = RMSNorm(d, model.norm_eps)
         self.attention = Attention(config.attention, d, key=a, std=std, out_std=out_std)
         self.feed_forward_norm = RMSNorm(d, model.norm_eps)
-        kind = Moe if isinstance(config.feed_forward, MoeConfig) else FeedForward
-        self.feed_forward = kind(config.feed_forward, d, key=f, std=std, out_std=out_std)
+        part = config.feed_forward
+        self.feed_forward = (
+            Moe(part, d, key=f, std=std, out_std=out_std)
+            if isinstance(part, MoeConfig)
+            else FeedForward(part, d, key=f, std=std, out_std=out_std)
+        )
 
     def __call__(
         self,

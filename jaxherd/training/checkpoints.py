@@ -37,16 +37,18 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1 as ocp
 
-        policies = [ocp.training.preservation_policies.LatestN(keep)]
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._folder, self._say = folder.absolute(), say
         self._manifests = self._folder.parent / "manifests"
         self._pending: int | None = None
+        keeping: Any = ocp.training.preservation_policies.AnyPreservationPolicy(policies)
+        saving: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(self._folder),
+            preservation_policy=keeping,
+            save_decision_policy=saving,
             cleanup_tmp_directories=True,
         )
 
@@ -140,8 +142,8 @@ class Checkpoints:
 
     def _load(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
         loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
-        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        positions = (metadata or {})["positions"]
+        metadata: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        positions = metadata["positions"]
         if len(positions) != jax.process_count():
             raise JaxherdError(
                 f"checkpoint {step} in {self._folder} holds data positions of {len(positions)} "

@@ -49,7 +49,7 @@ class Progress:
         seconds = max(now - first[0], 1e-9)
         rate = (done - first[2]) / seconds
         left = (self._total - step) * seconds / max(step - first[1], 1)
-        fields = {
+        fields: dict[str, Any] = {
             "loss": f"{loss:.3f}",
             "speed": f"{_short(rate)} {self._unit}/s",
             "eta": f"{int(left) // 60}:{int(left) % 60:02d}",

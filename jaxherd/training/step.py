@@ -100,7 +100,7 @@ class Program:
 
     def state_shardings(self) -> TrainState:
         """Return the sharding of every leaf of the train state."""
-        whole = self._replicated
+        whole: Any = self._replicated
         return TrainState(
             step=whole,
             params=self._param_shardings,
