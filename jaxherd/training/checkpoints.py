@@ -131,6 +131,10 @@ class Checkpoints:
         for other in self.steps():
             if other > step and jax.process_index() == 0:
                 shutil.rmtree(self._step_folder(other), ignore_errors=True)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints are gone")
         self._checkpointer.reload()
 
     def close(self) -> None:

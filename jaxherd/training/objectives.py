@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxherd.core import sharding
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Tree, flatten, unflatten
 from jaxherd.training import balance
 from jaxherd.training.losses import chunked_cross_entropy
@@ -110,6 +111,12 @@ class NextToken:
             (name for name in flat if name.endswith("selection_bias")),
             key=lambda name: [int(part) for part in name.split("/") if part.isdigit()],
         )
+        routers = [name for name in metrics if name.startswith("expert_load/")]
+        if len(names) != len(routers):
+            raise JaxherdError(
+                f"balancing 'bias_update' found {len(names)} selection biases for {len(routers)} "
+                "uses of routers: set selection_bias=True in every routed layer, and repeats=1."
+            )
         for index, name in enumerate(names):
             load = metrics[f"expert_load/{index}"][0]
             flat[name] = balance.bias_step(flat[name], load, self.balancing_weight)

@@ -86,13 +86,15 @@ class Program:
         self.step = jax.jit(
             self._step,
             in_shardings=(self.state_shardings(), self.batch_shardings, None),
-            out_shardings=(self.state_shardings(), None),
+            # Every process reads the metrics, so every device holds them whole.
+            out_shardings=(self.state_shardings(), self._replicated),
             donate_argnums=(0,),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
         self.evaluate = jax.jit(
             self._evaluate,
             in_shardings=(self.state_shardings(), self.batch_shardings, None),
+            out_shardings=self._replicated,
         )
 
     def _build(self, key: jax.Array) -> Any:
@@ -179,7 +181,8 @@ class Program:
             )
             extra = {
                 "grad_norm": grad_norm,
-                "learning_rate": self.schedule(state.step),
+                # The optimiser counts the updates that were applied.
+                "learning_rate": self.schedule(state.guard.accepted),
                 "guard/in_a_row": guard.skipped_in_a_row,
                 **reasons,
             }
