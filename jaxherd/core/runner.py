@@ -50,7 +50,7 @@ def run_experiment(
     """
     for stage in experiment.stages:
         if hasattr(stage, "check") and not is_done(workdir / stage.name):
-            stage.check(devices)
+            stage.check(devices, compiler_options)
     made = prepare_folder(workdir)
     is_new = _claim(workdir, experiment, seed, is_main)
     try:
@@ -79,7 +79,12 @@ def run_experiment(
 
 
 def _run_stages(
-    experiment: Experiment, workdir: Path, is_main: bool, *, say: Callable[[str], None], **given: Any
+    experiment: Experiment,
+    workdir: Path,
+    is_main: bool,
+    *,
+    say: Callable[[str], None],
+    **given: Any,
 ) -> dict[str, Any]:
     summaries: dict[str, Any] = {}
     for stage in experiment.stages:

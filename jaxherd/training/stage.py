@@ -134,18 +134,18 @@ class TrainStage:
         Raises:
           JaxherdError: the layout, the batch or a parameter does not fit the devices.
         """
-        return _program(self, tuple(devices))
+        return _program(self, tuple(devices), tuple(sorted((compiler_options or {}).items())))
 
-    def check(self, devices: Any) -> None:
+    def check(self, devices: Any, compiler_options: Mapping[str, Any] | None = None) -> None:
         """Trace the step on shapes alone: what does not fit is told before anything is written.
 
         Raises:
           JaxherdError: the layout, the batch, a parameter or an activation does not fit.
         """
-        program = self.program(devices)
+        program = self.program(devices, compiler_options)
         program.step.trace(*self.abstract_inputs(program))
 
-    def _build_program(self, devices: Any) -> Program:
+    def _build_program(self, devices: Any, compiler_options: Mapping[str, Any]) -> Program:
         partitioner = Partitioner.create(self.layout, devices)
         spec = self.data.batch_spec()
         shardings = {}
@@ -206,9 +206,11 @@ class TrainStage:
 
 
 @functools.lru_cache(maxsize=2)
-def _program(stage: TrainStage, devices: tuple[Any, ...]) -> Program:
+def _program(
+    stage: TrainStage, devices: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
+) -> Program:
     """Check and run share one program, and so one trace of its step."""
-    return stage._build_program(devices)
+    return stage._build_program(devices, dict(options))
 
 
 class _Run:
