@@ -20,7 +20,7 @@ def main(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int = 0,
-    stop: tuple[str, ...] = (),
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     chat: bool | None = None,
     system: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -16,7 +16,7 @@ def main(
     /,
     on: str | None = None,
     json_: bool = False,
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    set: common.Overrides = (),
     scale: Scale | None = None,
     stage: str | None = None,
     flags: str | None = None,
