@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.core.platform import platform
 from jaxherd.data.tokenizers import DecodeStream
 from jaxherd.inference import steps
 from jaxherd.inference.sampling import RowSampling, Sampling
+from jaxherd.inference.serving_form import serving_form
 from jaxherd.inference.stop_strings import StopStrings
-from jaxherd.models.decoder import Decoder, restack
+from jaxherd.models.decoder import Decoder
 
 _SMALLEST_PIECE, _SMALLEST_CACHE, _STOP_SLOTS = 16, 128, 8
 
@@ -64,7 +64,8 @@ class Generator:
         max_length: int | None = None,
         prefill_chunk: int = 512,
         decode_steps: int = 16,
-        unroll: bool | None = None,
+        dtype: Any = None,
+        prepare: bool = True,
     ):
         """Prepare a model.
 
@@ -75,8 +76,9 @@ class Generator:
           max_length: longest prompt and continuation together; the model's own when None.
           prefill_chunk: prompts go through in pieces of at most this many tokens.
           decode_steps: tokens between two looks from the host.
-          unroll: keep every layer's arrays apart; by default on CPU, where XLA would copy each
-            layer out of its stack for every token.
+          dtype: of the weights, see `serving_form`.
+          prepare: bring the model into the form that decodes fastest here, which copies it and
+            takes longer to compile; False serves it as it is.
         Raises:
           JaxherdError: a number below 1, or too many stop tokens.
         """
@@ -88,9 +90,8 @@ class Generator:
         self.stop_ids = tuple(dict.fromkeys(int(i) for i in stop_ids or ()))
         if len(self.stop_ids) > _STOP_SLOTS:
             raise JaxherdError(f"at most {_STOP_SLOTS} stop tokens, got {len(self.stop_ids)}.")
-        unroll = platform() == "cpu" if unroll is None else unroll
-        if module.config.scan_layers == unroll:
-            module = restack(module, scan_layers=not unroll)
+        if prepare:
+            module = serving_form(module, dtype=dtype)
         self.module, self.tokenizer = module, tokenizer
         self.max_length = min(max_length or module.config.max_length, module.config.max_length)
         self.prefill_chunk, self.decode_steps = prefill_chunk, decode_steps
@@ -273,8 +274,8 @@ def generate(
         Request(tuple(prompt), max_new_tokens, sampling, seed=row)
         for row, prompt in enumerate(prompts)
     ]
-    # One call: unrolling would take longer to compile than it saves.
-    generator = Generator(module, stop_ids=stop_ids, unroll=not module.config.scan_layers)
+    # For one call the faster form would take longer to compile than it saves.
+    generator = Generator(module, stop_ids=stop_ids, prepare=False)
     found = [result.tokens for result in generator.run(requests, key=key)]
     return found[0] if single else found
 
