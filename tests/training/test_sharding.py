@@ -31,13 +31,18 @@ LAYOUTS = {
     "fsdp2_sequence2_data2": Layout("mixed", fsdp=2, sequence=2, data=2),
 }
 
+# Between them these use every mesh axis; each layout compiles for a while.
+QUICK = ("fsdp2_expert2_tensor2", "fsdp2_sequence2_data2")
+
 
 def scout(**changes):
-    """Return a decoder of Scout's shape: chunked, chunked + NoPE; 8 experts, shared expert."""
+    """A chunked layer with 8 experts and a shared one, and a NoPE layer with temperature."""
     settings = dict(
         vocab_size=VOCAB,
         embed_dim=16,
-        num_layers=4,
+        num_layers=2,
+        moe_layers=(0,),
+        dense_dim=32,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -134,7 +139,13 @@ def close(found, wanted, rtol=1e-4, atol=1e-5):
 
 
 @pytest.mark.parametrize("skew", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in LAYOUTS
+    ],
+)
 def test_every_layout_gives_the_single_device_step(name, skew):
     sums, gradients, biases = expected(skew)
     found, found_gradients, found_biases = one_step(program(LAYOUTS[name]), skew=skew)
@@ -147,7 +158,7 @@ def test_every_layout_gives_the_single_device_step(name, skew):
     assert any(np.abs(value).max() > 0.1 for value in biases.values()), "no bias moved"
     if skew:
         load = sums["expert_load/0"][0]
-        assert (load == 0).any() and load.max() > 0.4 * load.sum(axis=-1).max()
+        assert (load == 0).any() and load.max() > 2 * load.mean()
 
 
 def test_accumulation_gives_the_same_step():
@@ -160,6 +171,7 @@ def test_accumulation_gives_the_same_step():
     close(found_biases, biases)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_under_sharding():
     _, gradients, _ = expected(False)
     sums, found, _ = one_step(program(LAYOUTS["fsdp2_expert2_tensor2"], dtype="bfloat16"))
