@@ -26,14 +26,16 @@ class TrainState:
       optimizer: optax state.
       guard: of the guards.
       key: raw data of the PRNG key of the run; each step folds its number in.
+
+    The leaves may also be their shapes or shardings.
     """
 
-    step: jax.Array
+    step: Any
     params: Tree
     buffers: Tree
     optimizer: Any
     guard: GuardState
-    key: jax.Array
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Whatever stops a run, the resumed one tells the same story as the one that was left alone."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -184,13 +185,9 @@ def test_disk_too_full_for_the_log(command, run, left_alone, small_disk):
     workdir, ballast = small_disk / "run", small_disk / "ballast"
     process = command(workdir)
     wait_for_lines(process, workdir, 9)
-    with open(ballast, "wb") as file:
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
-            try:
-                file.write(b"x" * 4096)
-                file.flush()
-            except OSError:
-                break
+            file.write(b"x" * 4096)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "the disk is full" in output.strip().splitlines()[-1], output
@@ -198,37 +195,6 @@ def test_disk_too_full_for_the_log(command, run, left_alone, small_disk):
     status, output = run(workdir)
     assert status == 0, output
     same_story(workdir, left_alone)
-
-
-def test_nan_is_skipped_and_told(run, left_alone, tmp_path):
-    status, output = run(tmp_path, JAXHERD_TEST_POISON="nan:4,12")
-    assert status == 0, output
-    told = [line for line in output.splitlines() if "not finite, update skipped" in line]
-    assert [line.split(":")[0] for line in told] == ["step 4", "step 12"]
-    found = [r for r in records(tmp_path) if r["kind"] == "train"]
-    assert [r["step"] for r in found if r["guard/non_finite"]] == [4, 12]
-    assert found[3]["loss"] is None
-    assert found[-1]["loss"] < found[0]["loss"] - 1
-    # Up to the first bad batch both runs are the same.
-    assert [r["loss"] for r in found[:3]] == [r["loss"] for r in left_alone[:3]]
-
-
-def test_spike_is_skipped_and_told(run, tmp_path):
-    status, output = run(tmp_path, JAXHERD_TEST_POISON="spike:15")
-    assert status == 0, output
-    assert "step 15: loss" in output and "update skipped" in output
-    found = [r for r in records(tmp_path) if r["kind"] == "train"]
-    assert [r["step"] for r in found if r["guard/spike"]] == [15]
-    assert found[15]["loss"] < 10
-
-
-def test_too_many_bad_updates_stop_the_run(run, tmp_path):
-    steps = ",".join(str(step) for step in range(5, 30))
-    status, output = run(
-        tmp_path, "--set", "guards.stop_after=4", JAXHERD_TEST_POISON=f"nan:{steps}"
-    )
-    assert status == 2
-    assert "4 updates in a row were skipped up to step 8" in output.splitlines()[-1]
 
 
 def test_other_settings_in_the_same_folder(run, tmp_path):
