@@ -13,6 +13,7 @@ from jaxherd.core.experiment import Experiment, Scale
 Overrides = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="path.to.field=value")
 ]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def scale_for(on: str, scale: Scale | None) -> Scale:

@@ -1,6 +1,6 @@
 """`jaxherd inspect`: what an experiment is, before anything trains."""
 
-import json
+import json as json_lib
 from typing import Any
 
 import tyro
@@ -13,7 +13,7 @@ def main(
     experiment: tyro.conf.Positional[str],
     /,
     on: str | None = None,
-    json_: bool = False,
+    json: common.Json = False,
     set: common.Overrides = (),
     scale: Scale | None = None,
     batch: bool = True,
@@ -25,7 +25,7 @@ def main(
     Args:
         experiment: `<paper>/<file>`, or the path of your own file.
         on: a target such as cpu, gpu:8 or v5p:4x4x8; the experiment's own by default.
-        json_: print JSON, with every field that --set can change.
+        json: print JSON, with every field that --set can change.
         set: override any field of the experiment.
         scale: cpu, gpu or full; follows from --on if not given.
         batch: read and decode one batch of data (only at the cpu scale, where the data is small).
@@ -43,9 +43,9 @@ def main(
         "target": target.name,
         "stages": stages,
     }
-    if json_:
+    if json:
         record["config"] = describe(loaded)
-        print(json.dumps(record, indent=2, default=str))
+        print(json_lib.dumps(record, indent=2, default=str))
         return 0
     _print(record)
     return 0

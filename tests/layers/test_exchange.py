@@ -13,7 +13,9 @@ from jaxherd.layers import exchange
 DEVICES, ROWS, WIDTH, EXPERTS = 4, 6, 3, 8
 
 ROUTINGS = {
-    "uniform": lambda rng: np.tile(np.bincount(np.arange(ROWS) % EXPERTS, minlength=EXPERTS), (4, 1)),
+    "uniform": lambda rng: np.tile(
+        np.bincount(np.arange(ROWS) % EXPERTS, minlength=EXPERTS), (4, 1)
+    ),
     "skewed": lambda rng: np.stack(
         [rng.multinomial(ROWS, np.arange(1, EXPERTS + 1) ** 3 / 1296) for _ in range(DEVICES)]
     ),
@@ -72,9 +74,10 @@ def test_rows_arrive_as_documented(name, monkeypatch):
     # What the TPU path would hand to the collective, interpreted by its documentation.
     monkeypatch.setattr(exchange, "platform", lambda: "tpu")
     monkeypatch.setattr(exchange, "_native", record)
-    starts, sizes, targets, received = np.moveaxis(
-        np.asarray(on_devices(lambda r, h: exchange._send(r, jnp.asarray(counts), h[0], capacity,
-                                                          "expert"), rows, here)), 1, 0)  # fmt: skip
+    sent = on_devices(
+        lambda r, h: exchange._send(r, jnp.asarray(counts), h[0], capacity, "expert"), rows, here
+    )
+    starts, sizes, targets, received = np.moveaxis(np.asarray(sent), 1, 0)
     empty = [np.zeros((capacity, WIDTH), np.float32)] * DEVICES
     wanted = documented(rows, empty, starts, sizes, targets, received)
     np.testing.assert_array_equal(padded, np.stack(wanted))
