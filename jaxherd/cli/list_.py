@@ -7,7 +7,7 @@ from jaxherd.core import catalog
 from jaxherd.core.experiment import SCALES
 
 
-def main(json_: bool = False) -> int:
+def main(json: common.Json = False) -> int:
     """List the experiments that come with jaxherd.
 
     Args:
