@@ -154,7 +154,7 @@ class Generator:
         chosen_BK = state.token_B[:, None]
         while True:
             # The state is donated to the next call, so what the host needs is fetched first.
-            finished_B = np.asarray(state.done_B)
+            finished_B = np.asarray(state.done_B).tolist()
             for number, tokens in enumerate(np.asarray(chosen_BK).tolist()):
                 if rows[number].result is not None:
                     continue
