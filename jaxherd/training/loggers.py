@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError, missing_extra
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes one record of numbers a call."""
 

@@ -7,7 +7,7 @@ objective may define `update_buffers(buffers, metrics)`, which runs once after e
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxherd.training.losses import chunked_cross_entropy
 from jaxherd.training.metrics import Metrics, pair
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Anything that gives a scalar to minimise and metrics to log."""
 

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -74,6 +74,7 @@ class Evaluation:
     max_batches: int | None = None
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Something to do with the model before, during or after training."""
 
