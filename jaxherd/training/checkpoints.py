@@ -6,6 +6,7 @@ one before it.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,12 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1 as ocp
 
+<<<<<<< HEAD
         policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
+=======
+        logging.getLogger("absl").addFilter(_is_news)
+        policies = [ocp.training.preservation_policies.LatestN(keep)]
+>>>>>>> robust
         if keep_every is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._folder, self._say = folder.absolute(), say
@@ -222,6 +228,13 @@ class Checkpoints:
         while not path.exists():
             path = path.parent
         return path
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop tracebacks of Orbax's threads from the log: the errors reach us, and are told once."""
+    return record.exc_info is None and not (
+        record.levelno >= logging.ERROR and "orbax" in record.pathname
+    )
 
 
 def _gather(position: Any) -> list[Any]:

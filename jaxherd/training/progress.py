@@ -21,7 +21,7 @@ class Progress:
         self._bar, self._task = None, None
         self._lines = not quiet and not sys.stderr.isatty()
         self._last_line = time.monotonic()
-        self._seen: list[tuple[float, int, float]] = [(time.monotonic(), start, 0.0)]
+        self._seen: list[tuple[float, int, int | float]] = [(time.monotonic(), start, 0.0)]
         if quiet or self._lines:
             return
         from rich import progress
@@ -39,7 +39,7 @@ class Progress:
         )
         self._bar.start()
 
-    def update(self, step: int, amount: float, loss: float) -> None:
+    def update(self, step: int, amount: int | float, loss: float) -> None:
         """Show that `step` steps are done; `amount` units were processed in this one."""
         now = time.monotonic()
         done = self._seen[-1][2] + amount
@@ -84,7 +84,7 @@ class Progress:
         self.close()
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.1f}{suffix}"

@@ -27,14 +27,14 @@ class TrainState:
       guard: of the guards.
       key: raw data of the PRNG key of the run; each step folds its number in.
 
-    The leaves may also be their shapes or shardings.
+    The leaves may also be shapes, shardings or whatever Orbax keeps of them while it saves.
     """
 
     step: Any
-    params: Tree
-    buffers: Tree
+    params: Any
+    buffers: Any
     optimizer: Any
-    guard: GuardState
+    guard: Any
     key: Any
 
 

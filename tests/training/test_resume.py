@@ -149,7 +149,7 @@ def test_checkpoint_cut_short(command, run, left_alone, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 700 KiB, which only root can make."""
+    """A file system of 1 MiB, which only root can make."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     disk = tmp_path / "disk"
@@ -161,40 +161,35 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_full_disk(command, run, left_alone, small_disk):
+@pytest.mark.parametrize("left", [50_000, 0], ids=["for_the_log", "for_nothing"])
+def test_full_disk(command, run, left_alone, small_disk, left):
     workdir, ballast = small_disk / "run", small_disk / "ballast"
     process = command(workdir)
-    wait_for_lines(process, workdir, 9)
-    # Leave room for the log and for no checkpoint.
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast.write_bytes(b"x" * max(free - 50_000, 0))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("jaxherd: checkpoint ") and "the disk is full" in last, output
-    assert "Traceback" not in output
+    wait_for_lines(process, workdir, 4)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
     saved = saved_steps(workdir)
-    assert saved and f"the last good checkpoint is step {saved[-1]}" in last
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while free_bytes(small_disk) > left:
+            file.write(b"x" * 4096)
+    status, output = run(workdir)
+    assert status == 2, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("jaxherd: ") and "disk" in last and "is full" in last, output
+    assert "make room and run the same command to go on" in last
+    assert "Traceback" not in output
+    if left:
+        assert f"the last good checkpoint is step {saved[-1]}" in last
+    assert saved_steps(workdir)[: len(saved)] == saved
     ballast.unlink()
     status, output = run(workdir)
     assert status == 0 and f"resuming at step {saved[-1]}" in output, output
     same_story(workdir, left_alone)
 
 
-def test_disk_too_full_for_the_log(command, run, left_alone, small_disk):
-    workdir, ballast = small_disk / "run", small_disk / "ballast"
-    process = command(workdir)
-    wait_for_lines(process, workdir, 9)
-    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    assert "the disk is full" in output.strip().splitlines()[-1], output
-    ballast.unlink()
-    status, output = run(workdir)
-    assert status == 0, output
-    same_story(workdir, left_alone)
+def free_bytes(disk: pathlib.Path) -> int:
+    found = os.statvfs(disk)
+    return found.f_bavail * found.f_frsize
 
 
 def test_other_settings_in_the_same_folder(run, tmp_path):
