@@ -14,7 +14,7 @@ from jaxherd.training.objectives import NextToken
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import RunConfig, TrainStage
 
-LENGTH, CHUNK, LENGTHS = 128, 32, (128, 256, 512, 1024)
+LENGTH, CHUNK, LENGTHS = 64, 16, (64, 128, 256, 512)
 ROPE = RopeConfig(250.0)
 
 
@@ -22,24 +22,24 @@ def irope_data() -> RetrievalText:
     """Return text with planted pairs, at the trained length."""
     text = PackedText(
         corpus="python+shakespeare",
-        tokenizer_config=TrainedBpe(1024, max_bytes=8_000_000),
+        tokenizer_config=TrainedBpe(512, max_bytes=8_000_000),
         sequence_length=LENGTH,
         batch_size=32,
     )
-    return RetrievalText(text)
+    return RetrievalText(text, pairs=4, keys=32, values=32)
 
 
 def irope_model(arm: str) -> DecoderConfig:
     """Return the model of an arm."""
     base = presets.llama4_text(
         vocab_size=irope_data().vocab_size,
-        embed_dim=128,
+        embed_dim=64,
         num_layers=4,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=32,
+        head_dim=16,
         moe_layers=(),
-        dense_dim=384,
+        dense_dim=192,
         chunk_size=CHUNK,
         rope=ROPE,
         temperature=TemperatureTuning(floor_scale=LENGTH),
@@ -58,7 +58,7 @@ def irope_model(arm: str) -> DecoderConfig:
     return dataclasses.replace(base, layers=layers)
 
 
-def irope_experiment(arm: str, steps: int = 800, peak: float = 4e-3) -> Experiment:
+def irope_experiment(arm: str, steps: int = 1000, peak: float = 8e-3) -> Experiment:
     """Return the training of an arm."""
     data = irope_data()
     stage = TrainStage(
@@ -68,6 +68,6 @@ def irope_experiment(arm: str, steps: int = 800, peak: float = 4e-3) -> Experime
         objective=NextToken(),
         optimizer=Optimizer(schedule=Schedule(peak=peak, warmup_steps=50)),
         run_config=RunConfig(steps=steps, checkpoint_every=steps, loggers=("jsonl",)),
-        callbacks=(LengthSweep(data, LENGTHS),),
+        callbacks=(LengthSweep(data, LENGTHS, tokens=131072),),
     )
     return Experiment(f"llama4/irope-length-{arm}", "cpu", "cpu", (stage,))

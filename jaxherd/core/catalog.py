@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import hashlib
 import importlib.util
 import sys
 import types
@@ -83,7 +84,9 @@ def load_file(path: Path) -> types.ModuleType:
     path = path.resolve()
     root = resources.folder("experiments").resolve()
     if not path.is_relative_to(root):
-        return _execute(path, f"jaxherd_user_{path.stem}")
+        # Two users' files may have the same name.
+        digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+        return _execute(path, f"jaxherd_user_{path.stem}_{digest}")
     _package(_PACKAGE, root)
     paper = path.parent.name
     _package(f"{_PACKAGE}.{paper}", path.parent)
