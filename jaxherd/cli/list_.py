@@ -3,6 +3,7 @@
 import json as json_lib
 from typing import Any
 
+from jaxherd.cli import common
 from jaxherd.core import catalog
 from jaxherd.core.experiment import SCALES
 

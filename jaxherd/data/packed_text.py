@@ -18,7 +18,7 @@ from jaxherd.data.packing import ConcatRows, OnePass, Stretches, empty_row, row_
 from jaxherd.data.pipeline import GrainBatches, batch_lanes, batch_rows, check_sharding
 from jaxherd.data.sources import resolve
 from jaxherd.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from jaxherd.data.tokens import cached_tokens
+from jaxherd.data.tokens import TokenStore, cached_tokens
 
 PACKINGS = ("concat", "first_fit", "best_fit")
 
@@ -224,6 +224,17 @@ class PackedText:
                 lines.append(f"┌ document {segment} ({len(ids)} tokens)")
                 lines.append(tokenizer.decode(ids.tolist(), skip_special=False))
         return "\n".join(lines)
+
+    def token_stores(
+        self,
+        split: str,
+        tokenizer: Tokenizer,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> tuple[list[Corpus], list[TokenStore]]:
+        """Return the corpora of a split and the tokens of their documents, one entry each."""
+        corpora = self._corpora(split, self.max_bytes, cache_dir)
+        return corpora, self._stores(corpora, tokenizer, cache_root(cache_dir))
 
     def _corpora(
         self, split: str, max_bytes: int | None, cache_dir: str | os.PathLike[str] | None

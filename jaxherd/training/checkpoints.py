@@ -38,12 +38,8 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1 as ocp
 
-<<<<<<< HEAD
-        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
-=======
         logging.getLogger("absl").addFilter(_is_news)
-        policies = [ocp.training.preservation_policies.LatestN(keep)]
->>>>>>> robust
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._folder, self._say = folder.absolute(), say
