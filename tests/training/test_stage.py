@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxherd.data.batch import BatchField
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment
 from jaxherd.core.layouts import Layout
 from jaxherd.core.modules import Module, parameter
 from jaxherd.core.runner import run_experiment
-from jaxherd.data.batch import BatchField
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.metrics import pair
