@@ -13,7 +13,8 @@ Axis letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -350,9 +351,18 @@ class Decoder(Module):
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return float32 logits of hidden states."""
+        score, head = self.head()
+        return score(head, hidden)
+
+    def head(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+        """Return (score, head): `score(head, hidden)` gives float32 logits.
+
+        The head is the module that owns the output projection, so that a loss can gather its
+        arrays once and differentiate through them.
+        """
         if self.unembedding is None:
-            return self.embedding.attend(hidden).astype(jnp.float32)
-        return self.unembedding(hidden).astype(jnp.float32)
+            return _score_tied, self.embedding
+        return _score_untied, self.unembedding
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> DecoderCache:
         """Return an empty cache for sequences of up to `max_length` tokens.
@@ -377,6 +387,14 @@ class Decoder(Module):
             )
 
         return tuple(of_pass() for _ in range(self.config.passes))
+
+
+def _score_tied(head: Embedding, hidden: jax.Array) -> jax.Array:
+    return head.attend(hidden).astype(jnp.float32)
+
+
+def _score_untied(head: Linear, hidden: jax.Array) -> jax.Array:
+    return head(hidden).astype(jnp.float32)
 
 
 def _scan(body, x, stacked_tree, length: int, backwards: bool):

@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jaxherd.core import sharding
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Tree, flatten, unflatten
 from jaxherd.training import balance
@@ -62,16 +61,16 @@ class NextToken:
             segment_ids=batch.get("segment_ids"),
             remat=self.remat,
         )
-        partitioner = sharding.active()
+        score, head = model.head()
         weights = batch["loss_weights"]
         loss_sum, nll_sum, weight = chunked_cross_entropy(
-            model.unembed,
+            score,
+            head,
             output.hidden_BTD,
             batch["targets"],
             weights,
             vocab_size=model.config.vocab_size,
             z_loss=self.z_loss,
-            shards=1 if partitioner is None else partitioner.mesh.size,
         )
         loss = loss_sum / jnp.maximum(weight, 1.0)
         target_bytes = (batch["target_bytes"] * (weights > 0)).sum()

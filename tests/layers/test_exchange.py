@@ -1,7 +1,5 @@
 """Rows to their experts' devices and back, against NumPy, for even and extreme routing."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,30 +56,27 @@ def test_rows_arrive_as_documented(name, monkeypatch):
     rng = np.random.default_rng(0)
     counts = ROUTINGS[name](rng).reshape(DEVICES, DEVICES, -1).sum(-1)
     rows = rng.normal(size=(DEVICES, ROWS, WIDTH)).astype(np.float32)
+    starts = jnp.asarray(np.cumsum(counts, axis=1) - counts)
+    targets = jnp.asarray(np.cumsum(counts, axis=0) - counts)
     capacity = DEVICES * ROWS
-    seen = {}
-
-    def record(rows, out, *indices_and_axis):
-        *indices, _ = indices_and_axis
-        seen["shape"] = out.shape
-        return jnp.stack(indices)
 
     def send(rows, here):
-        return exchange.ragged_all_to_all(rows, jnp.asarray(counts), here[0], capacity, "expert")
+        out = jnp.full((capacity, WIDTH), 9.0, jnp.float32)
+        return exchange._send(rows, out, starts, jnp.asarray(counts), targets, here[0], "expert")
+
+    def record(rows, out, *indices):
+        assert out.shape == (capacity, WIDTH)
+        return jnp.stack(indices[:4])
 
     here = np.arange(DEVICES)[:, None]
     padded = on_devices(send, rows, here)
     # What the TPU path would hand to the collective, interpreted by its documentation.
     monkeypatch.setattr(exchange, "platform", lambda: "tpu")
     monkeypatch.setattr(exchange, "_native", record)
-    sent = on_devices(
-        lambda r, h: exchange._send(r, jnp.asarray(counts), h[0], capacity, "expert"), rows, here
-    )
-    starts, sizes, targets, received = np.moveaxis(np.asarray(sent), 1, 0)
-    empty = [np.zeros((capacity, WIDTH), np.float32)] * DEVICES
-    wanted = documented(rows, empty, starts, sizes, targets, received)
+    sent = np.moveaxis(np.asarray(on_devices(send, rows, here)), 1, 0)
+    nines = [np.full((capacity, WIDTH), 9.0, np.float32)] * DEVICES
+    wanted = documented(rows, nines, sent[0], sent[1], sent[2], sent[3])
     np.testing.assert_array_equal(padded, np.stack(wanted))
-    assert seen["shape"] == (capacity, WIDTH)
 
 
 def test_native_call_has_the_arguments_in_order(monkeypatch):
@@ -99,16 +94,17 @@ def test_native_call_has_the_arguments_in_order(monkeypatch):
         return arguments[1]
 
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", fake)
-    exchange._native("rows", "out", "starts", "sizes", "targets", "received", "expert")
+    exchange._native("rows", "out", "starts", "sizes", "targets", "received", None, None, "expert")
     assert called == {
         "operand": "rows", "output": "out", "input_offsets": "starts", "send_sizes": "sizes",
         "output_offsets": "targets", "recv_sizes": "received", "axis_name": "expert",
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("balance", [0.6, 2.0, 4.0])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_exchange_computes_every_row_by_its_expert(name):
-    """Values and gradients against a loop; the tail of the receive buffer never leaks."""
+def test_exchange_computes_every_row_by_its_expert(name, balance):
+    """Values and gradients against a loop, in one round or in several; the tail never leaks."""
     rng = np.random.default_rng(1)
     sizes = ROUTINGS[name](rng).astype(np.int32)
     rows = rng.normal(size=(DEVICES, ROWS, WIDTH)).astype(np.float32)
@@ -126,7 +122,7 @@ def test_exchange_computes_every_row_by_its_expert(name):
     def one_device(rows, sizes, local_weights, cotangent):
         def loss(rows, local_weights):
             out = exchange.exchange_rows(
-                functools.partial(compute, local_weights=local_weights), rows, sizes, "expert"
+                compute, rows, sizes, local_weights, "expert", balance=balance
             )
             return (out * cotangent).sum(), out
 
