@@ -77,7 +77,12 @@ def run_experiment(
 
 
 def _run_stages(
-    experiment: Experiment, workdir: Path, is_main: bool, *, say: Callable[[str], None], **given: Any
+    experiment: Experiment,
+    workdir: Path,
+    is_main: bool,
+    *,
+    say: Callable[[str], None],
+    **given: Any,
 ) -> dict[str, Any]:
     summaries: dict[str, Any] = {}
     for stage in experiment.stages:

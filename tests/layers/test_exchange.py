@@ -13,7 +13,9 @@ from jaxherd.layers import exchange
 DEVICES, ROWS, WIDTH, EXPERTS = 4, 6, 3, 8
 
 ROUTINGS = {
-    "uniform": lambda rng: np.tile(np.bincount(np.arange(ROWS) % EXPERTS, minlength=EXPERTS), (4, 1)),
+    "uniform": lambda rng: np.tile(
+        np.bincount(np.arange(ROWS) % EXPERTS, minlength=EXPERTS), (4, 1)
+    ),
     "skewed": lambda rng: np.stack(
         [rng.multinomial(ROWS, np.arange(1, EXPERTS + 1) ** 3 / 1296) for _ in range(DEVICES)]
     ),

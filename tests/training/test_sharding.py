@@ -141,10 +141,7 @@ def close(found, wanted, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("skew", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-        for name in LAYOUTS
-    ],
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS],
 )
 def test_every_layout_gives_the_single_device_step(name, skew):
     sums, gradients, biases = expected(skew)

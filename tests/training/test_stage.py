@@ -184,7 +184,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("how", ["half", "empty", "gone"])
+@pytest.mark.parametrize(
+    "how", ["half", *(pytest.param(how, marks=pytest.mark.slow) for how in ("empty", "gone"))]
+)
 @pytest.mark.parametrize("name", FILES)
 def test_checkpoint_cut_short(tmp_path, story, monkeypatch, name, how):
     """Each kind of file of a checkpoint; with the list of sizes and, for some, without it."""
