@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import attention
-from jaxherd.kernels.attention import AttentionMask
-from jaxherd.kernels.attention import reference
+from jaxherd.kernels.attention import AttentionMask, reference
 
 RULES = {
     "causal": ("causal", None),

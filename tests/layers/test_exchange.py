@@ -74,9 +74,12 @@ def test_rows_arrive_as_documented(name, monkeypatch):
     # What the TPU path would hand to the collective, interpreted by its documentation.
     monkeypatch.setattr(exchange, "platform", lambda: "tpu")
     monkeypatch.setattr(exchange, "_native", record)
-    starts, sizes, targets, received = np.moveaxis(
-        np.asarray(on_devices(lambda r, h: exchange._send(r, jnp.asarray(counts), h[0], capacity,
-                                                          "expert"), rows, here)), 1, 0)  # fmt: skip
+
+    def arguments(rows, here):
+        return exchange._send(rows, jnp.asarray(counts), here[0], capacity, "expert")
+
+    indices = np.asarray(on_devices(arguments, rows, here))
+    starts, sizes, targets, received = np.moveaxis(indices, 1, 0)
     empty = [np.zeros((capacity, WIDTH), np.float32)] * DEVICES
     wanted = documented(rows, empty, starts, sizes, targets, received)
     np.testing.assert_array_equal(padded, np.stack(wanted))

@@ -15,7 +15,6 @@ from jaxherd.training.objectives import NextToken
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, RunConfig, TrainStage
 
-
 _COMMON = dict(
     vocab_size=Bytes().vocab_size,
     embed_dim=16,
