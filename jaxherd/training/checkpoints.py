@@ -107,19 +107,25 @@ class Checkpoints:
         Raises:
           JaxherdError: checkpoints exist but none can be read, or they hold another model.
         """
+
+        def read(step: int) -> tuple[Any, Any]:
+            self._check_shapes(step, abstract_state)
+            return self._load(step, abstract_state)
+
+        restored = self._newest(read)
+        return None if restored is None else (restored[0], *restored[1])
+
+    def _newest(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         steps = self.steps()
-        failures = []
         for step in reversed(steps):
             damage = self._damage(step)
             if damage is None:
                 try:
-                    self._check_shapes(step, abstract_state)
-                    return step, *self._load(step, abstract_state)
+                    return step, read(step)
                 except JaxherdError:
                     raise
                 except Exception as error:  # whatever the reader makes of broken files
                     damage = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            failures.append(step)
             self._say(f"checkpoint {step} is damaged ({damage}); trying the one before it.")
         if steps:
             raise JaxherdError(
@@ -127,6 +133,19 @@ class Checkpoints:
                 "a backup, or choose another --workdir to start anew."
             )
         return None
+
+    def restore_params(self, abstract_params: Any) -> Any | None:
+        """Return the parameters alone of the newest sound checkpoint, or None if there is none.
+
+        Whatever optimiser the run had: its state is not read.
+
+        Args:
+          abstract_params: shapes, dtypes and shardings of the result.
+        Raises:
+          JaxherdError: as for `restore`.
+        """
+        restored = self._newest(lambda step: self._load_params(step, abstract_params))
+        return None if restored is None else restored[1]
 
     def discard_after(self, step: int) -> None:
         """Delete checkpoints newer than `step` (damaged ones that a resumed run will redo)."""
@@ -157,8 +176,20 @@ class Checkpoints:
             )
         return loaded["state"], positions[jax.process_index()]
 
-    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+    def _load_params(self, step: int, abstract_params: Any) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        self._check_shapes(step, {"params": abstract_params}, part="params")
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            path = self._step_folder(step)
+            wanted = {"state": {"params": abstract_params}}
+            return ocp.load_checkpointables(path, wanted)["state"]["params"]
+
+    def _check_shapes(self, step: int, abstract_state: Any, part: str = "") -> None:
         stored = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        if part:
+            stored = {part: stored[part]}
         found = {_path(p): tuple(leaf.shape) for p, leaf in _leaves(stored)}
         wanted = {_path(p): tuple(leaf.shape) for p, leaf in _leaves(abstract_state)}
         wrong = [

@@ -444,9 +444,9 @@ def load_params(folder: Path, program: Program) -> Any:
     """Return the last parameters of another training stage, laid out for `program`."""
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        restored = checkpoints.restore(program.abstract_state())
+        params = checkpoints.restore_params(program.abstract_state().params)
     finally:
         checkpoints.close()
-    if restored is None:
+    if params is None:
         raise JaxherdError(f"{folder} holds no checkpoint to start from.")
-    return restored[1].params
+    return params

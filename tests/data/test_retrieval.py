@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data import batch as batch_lib
+from jaxherd.core import batch as batch_lib
 from jaxherd.data.packed_text import Bytes, PackedText, TokenizerFile
 from jaxherd.data.retrieval import RetrievalText, replace_length
 

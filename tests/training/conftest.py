@@ -14,23 +14,7 @@ def texts(tmp_path_factory) -> pathlib.Path:
     """Small files of sentences that a byte model can learn something from."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
-    words = [
-        "the",
-        "king",
-        "sees",
-        "a",
-        "dark",
-        "sea",
-        "and",
-        "sings",
-        "of",
-        "old",
-        "stone",
-        "under",
-        "tall",
-        "green",
-        "trees",
-    ]
+    words = ("king", "sees", "a", "dark", "sea", "and", "sings", "of", "old", "stone", "trees")
     for number in range(40):
         text = " ".join(rng.choice(words, int(rng.integers(40, 160)))) + ".\n"
         (folder / f"{number:02d}.txt").write_text(text)

@@ -100,6 +100,7 @@ def test_twenty_kills(command, left_alone, tmp_path, seed):
     kill_often(command, tmp_path, left_alone, kills=5, seed=seed)
 
 
+@pytest.mark.slow
 def test_killed_after_the_last_checkpoint(run, left_alone, tmp_path):
     """The moment between the last save and the record that the stage is done."""
     status, output = run(tmp_path, "--quiet")
@@ -131,6 +132,7 @@ def test_sigterm_saves_and_resumes(command, run, left_alone, tmp_path):
     same_story(tmp_path, left_alone)
 
 
+@pytest.mark.slow
 def test_checkpoint_cut_short(command, run, left_alone, tmp_path):
     process = command(tmp_path)
     wait_for_lines(process, tmp_path, 20)
@@ -161,7 +163,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("left", [50_000, 0], ids=["for_the_log", "for_nothing"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(50_000, id="room_for_the_log"),
+        pytest.param(0, id="room_for_nothing", marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk(command, run, left_alone, small_disk, left):
     workdir, ballast = small_disk / "run", small_disk / "ballast"
     process = command(workdir)
@@ -192,6 +200,7 @@ def free_bytes(disk: pathlib.Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder(run, tmp_path):
     status, output = run(tmp_path, "--set", "run_config.steps=6")
     assert status == 0, output

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxherd.data.batch import to_global
+from jaxherd.core.batch import to_global
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.layouts import Layout

@@ -1,4 +1,4 @@
-"""The trainer with a toy model: guards, accumulation, records, checkpoints cut short, interrupts."""
+"""The trainer with a toy model: guards, accumulation, records, checkpoints, interrupts."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxherd.data.batch import BatchField
+from jaxherd.core.batch import BatchField
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment
@@ -184,7 +184,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("how", ["half", "empty", "gone"])
+@pytest.mark.parametrize(
+    "how", ["half", *(pytest.param(how, marks=pytest.mark.slow) for how in ("empty", "gone"))]
+)
 @pytest.mark.parametrize("name", FILES)
 def test_checkpoint_cut_short(tmp_path, story, monkeypatch, name, how):
     """Each kind of file of a checkpoint; with the list of sizes and, for some, without it."""
@@ -233,3 +235,20 @@ def test_retention(tmp_path):
     step, state, position = checkpoints.restore(wanted)
     assert (step, position, float(state["w"][0])) == (7, {"n": 7}, 7.0)
     checkpoints.close()
+
+
+def test_a_later_stage_starts_from_the_parameters_whatever_its_optimiser(tmp_path):
+    later = stage(
+        name="tune",
+        reads=("fit",),
+        initial="fit",
+        optimizer=Optimizer("sgd", Schedule(1e-6, "constant", 0), weight_decay=0.0),
+    )
+    thing = Experiment("tests/line", "cpu", "cpu", (stage(), later))
+    devices = tuple(jax.devices()[:1])
+    run_experiment(thing, tmp_path, target="cpu", devices=devices, say=lambda _: None, quiet=True)
+    path = tmp_path / "tune" / "metrics.jsonl"
+    tuned = [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+    fitted = [r["loss"] for r in records(tmp_path)]
+    # The same batches again, now with the parameters of the end and almost no change.
+    assert tuned[0] < fitted[0] / 2 and tuned[3] < fitted[3] / 2
