@@ -60,7 +60,9 @@ class RetrievalText:
                 f"{self.values} must be at least 1."
             )
         if self.occurrences < 2:
-            raise JaxherdError(f"occurrences={self.occurrences}: a key must come twice to be asked.")
+            raise JaxherdError(
+                f"occurrences={self.occurrences}: a key must come twice to be asked."
+            )
         for name in ("plain_share", "end_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise JaxherdError(f"{name}={getattr(self, name)} must lie in [0, 1].")
