@@ -101,3 +101,46 @@ def heat_map(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def seed_curves(
+    path: Path,
+    panels: Sequence[Mapping[str, Any]],
+) -> None:
+    """Draw panels side by side; in each a thin line a seed and a thick one for the mean.
+
+    Args:
+      path: of the file; the suffix decides its format.
+      panels: each has "x", "series" (name to one list of y a seed), "x_label", "y_label",
+        "title", and may have "log_x", "limits" of y and "lines" (name to height).
+    """
+    figure, axes = new_figure(5.2 * len(panels), 3.8)
+    figure.clear()
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        x = panel["x"]
+        for index, (name, seeds) in enumerate(panel["series"].items()):
+            colour = COLOURS[index % len(COLOURS)]
+            for values in seeds:
+                axes.plot(x, values, color=colour, alpha=0.35, linewidth=0.8)
+            mean = np.mean(np.asarray(seeds, float), axis=0)
+            axes.plot(x, mean, "o-", color=colour, label=name, linewidth=1.8, markersize=4)
+        for index, (name, height) in enumerate(panel.get("lines", {}).items()):
+            axes.axhline(height, color="#777777", linewidth=0.9, linestyle="--", zorder=0)
+            axes.annotate(
+                name, (0.01, height), xycoords=("axes fraction", "data"), fontsize=7,
+                color="#555555", va="bottom",
+            )  # fmt: skip
+        if panel.get("log_x"):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [str(value) for value in x])
+        if "limits" in panel:
+            axes.set_ylim(*panel["limits"])
+        axes.set_xlabel(panel["x_label"])
+        axes.set_ylabel(panel["y_label"])
+        axes.set_title(panel["title"], fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
