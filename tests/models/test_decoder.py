@@ -11,7 +11,7 @@ from jaxherd.core.modules import abstract, count_params, split
 from jaxherd.layers.attention import TemperatureTuning
 from jaxherd.models import presets
 from jaxherd.models.decoder import restack
-from jaxherd.models.periods import find_segments, locate
+from jaxherd.models.periods import find_segments, locate, stacked_layers
 
 PUBLISHED = {
     "llama4-scout": 107_769_861_120,
@@ -30,16 +30,19 @@ def test_the_formula_counts_what_is_built(name):
     assert config.num_params() == PUBLISHED.get(name, config.num_params())
 
 
+def runs(layers):
+    return [([(r.layer, r.length) for r in s.runs], s.count) for s in find_segments(layers)]
+
+
 def test_segments():
-    assert [(s.pattern, s.count) for s in find_segments("aaabaaab")] == [(tuple("aaab"), 2)]
-    assert [(s.pattern, s.count) for s in find_segments("abababc")] == [
-        (tuple("ab"), 3),
-        (("c",), 1),
-    ]
-    segments = find_segments("abababc")
-    assert [locate(segments, i) for i in (0, 3, 6)] == [(0, 0, 0), (0, 1, 1), (1, 0, 0)]
-    with pytest.raises(IndexError):
-        locate(segments, 7)
+    assert runs("aaabaaab") == [([("a", 3), ("b", 1)], 2)]
+    assert runs("abababc") == [([("a", 1), ("b", 1)], 3), ([("c", 1)], 1)]
+    assert runs("aaaa") == [([("a", 1)], 4)]
+    places = locate(find_segments("abababc"))
+    assert [places[i] for i in (0, 3, 6)] == [(0, 0, 0), (0, 1, 1), (1, 0, 0)]
+    # The stack of a run holds its layers in the model's order.
+    assert stacked_layers(find_segments("xaabaab"), 1, 0) == [1, 2, 4, 5]
+    assert stacked_layers(find_segments("xaabaab"), 1, 1) == [3, 6]
     assert [s.count for s in presets.llama4_scout().segments()] == [12]
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxherd.core.batch import to_global
 
+from jaxherd.core.batch import to_global
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.layouts import Layout
 from jaxherd.core.modules import flatten, split

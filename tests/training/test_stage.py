@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxherd.core.batch import BatchField
 
+from jaxherd.core.batch import BatchField
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment
 from jaxherd.core.layouts import Layout
