@@ -234,12 +234,11 @@ def _bucket(length: int, smallest: int) -> int:
 
 def row_keys(key: jax.Array | None, seeds: Sequence[int]) -> jax.Array:
     """Return one key a row, which depends on `key` and the row's seed alone."""
-    if key is None:
-        key = jax.random.key(0)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    base = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
+        base = jax.random.wrap_key_data(base)
     seeds_B = jnp.asarray([seed & 0xFFFFFFFF for seed in seeds], jnp.uint32)
-    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds_B)
+    return jax.vmap(lambda seed: jax.random.fold_in(base, seed))(seeds_B)
 
 
 def generate(

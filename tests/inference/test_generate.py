@@ -85,9 +85,9 @@ def test_pieces_of_the_prompt_do_not_matter(module, generator, chunk):
 
 def test_routed_llama4_layers_decode_like_the_full_forward():
     config = presets.llama4_text(
-        vocab_size=VOCAB, embed_dim=16, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=8,
-        num_experts=3, top_k=2, expert_dim=8, dense_dim=12, moe_step=2, chunk_size=6,
-        init_std=0.3, max_length=64,
+        vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+        num_experts=3, top_k=2, expert_dim=8, dense_dim=12, moe_step=2,
+        nope_interval=2, chunk_size=6, init_std=0.3, max_length=64,
     )  # fmt: skip
     module = config.build(jax.random.key(1))
     generator = Generator(module, prefill_chunk=8, decode_steps=4)
@@ -96,15 +96,15 @@ def test_routed_llama4_layers_decode_like_the_full_forward():
 
 
 def test_each_program_is_compiled_once_a_shape(module):
-    # A cache size of its own, so that nothing is compiled for it yet.
+    # A cache size and a batch of their own, so that nothing is compiled for them yet.
     generator = Generator(module, prefill_chunk=32, decode_steps=3, max_length=120)
-    three = tuple(Request(prompt(2), 2) for _ in range(3))
+    four = tuple(Request(prompt(2), 2) for _ in range(4))
     before = dict(steps.traces)
     for length in (3, 9, 16, 11, 2):
-        generator.run([Request(prompt(length), 7), *three])
+        generator.run([Request(prompt(length), 7), *four])
     counts = {name: steps.traces[name] - before[name] for name in before}
     assert counts == {"prefill": 1, "start": 1, "decode": 1}
-    generator.run([Request(prompt(40), 7), *three])
+    generator.run([Request(prompt(40), 7), *four])
     counts = {name: steps.traces[name] - before[name] for name in before}
     # A first piece of 32 and a later one of 16.
     assert counts == {"prefill": 3, "start": 1, "decode": 1}
