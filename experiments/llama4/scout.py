@@ -108,7 +108,7 @@ def _gpu() -> tuple[TrainStage, ...]:
             layout=Layout("fsdp", fsdp=-1),
             step=StepConfig(compute_dtype="bfloat16"),
             run_config=RunConfig(steps=40_000, eval_every=1000, checkpoint_every=500),
-            evaluations=(Evaluation("heldout", data, split="validation"),),
+            evaluations=(Evaluation("heldout", data),),
         ),
     )
 
@@ -137,6 +137,6 @@ def _full() -> tuple[TrainStage, ...]:
             run_config=RunConfig(
                 steps=100_000, eval_every=2000, checkpoint_every=500, keep_every=10_000
             ),
-            evaluations=(Evaluation("heldout", data, split="validation"),),
+            evaluations=(Evaluation("heldout", data),),
         ),
     )

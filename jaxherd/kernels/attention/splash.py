@@ -51,17 +51,25 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     local = functools.partial(_attend_local, mask=mask, interpret=interpret)
     partitioner = sharding.active()
     if partitioner is None or partitioner.mesh.size == 1:
-        return local(q_BTNH * scale, k_BSKH, v_BSKH, segments_BT)
+        return _without_padding(local(q_BTNH * scale, k_BSKH, v_BSKH, segments_BT), mask)
     heads = partitioner.spec(("batch", None, "act_heads", None))
     kv_heads = partitioner.spec(("batch", None, "act_kv_heads", None))
     rows = partitioner.spec(("batch", None))
-    return jax.shard_map(
+    out_BTNH = jax.shard_map(
         local,
         mesh=partitioner.mesh,
         in_specs=(heads, kv_heads, kv_heads, rows if segments_BT is not None else None),
         out_specs=heads,
         check_vma=False,
     )(q_BTNH * scale, k_BSKH, v_BSKH, segments_BT)
+    return _without_padding(out_BTNH, mask)
+
+
+def _without_padding(out_BTNH, mask: AttentionMask):
+    """Padding attends to padding in splash; the definition gives zeros."""
+    if mask.contiguous:
+        return out_BTNH
+    return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
 
 
 def _segments(mask: AttentionMask):
