@@ -42,7 +42,7 @@ def _cpu() -> tuple[TrainStage, ...]:
         corpus="python+shakespeare",
         tokenizer_config=TrainedBpe(2048, max_bytes=8_000_000),
         sequence_length=256,
-        batch_size=16,
+        batch_size=8,
         max_eval_batches=24,
     )
     model = presets.llama4_text(

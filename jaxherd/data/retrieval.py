@@ -232,7 +232,7 @@ class _Rows(Sequence[Row]):
                 known[start - 1] = False
             if pair not in seen:
                 known[start] = False
-            seen.add(pair)
+            seen.add(int(pair))
         ids[is_text] = text[:filler]
         return self._row(ids, known)
 

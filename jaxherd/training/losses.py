@@ -83,8 +83,8 @@ def chunked_cross_entropy(
         return _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights)
 
     partitioner = sharding.active()
-    split = partitioner is not None and partitioner.mesh.size > 1
-    if not split or partitioner.mesh_axes("act_vocab"):
+    alone = partitioner is None or partitioner.mesh.size == 1
+    if partitioner is None or alone or partitioner.mesh_axes("act_vocab"):
         # One device, or a vocabulary that is itself split, which XLA's partitioner handles.
         return tuple(local(head, hidden_BTD, targets_BT, weights_BT))
     rows = partitioner.spec(("batch", "length"))
