@@ -8,7 +8,7 @@ the values here are jaxherd's choices, not Meta's.
 Scales
   cpu   a Scout-shaped model of 13M parameters (2M active) on Python's sources and Shakespeare,
         about four minutes on two cores; held-out bits per byte falls below 2.5.
-  gpu   1.7B parameters (0.4B active) on one host of 8 GPUs, FineWeb-style text.
+  gpu   1.7B parameters (0.4B active) on one host of 8 GPUs, C4.
   full  the released size on v5p:4x4x8 (128 chips), 8,192 tokens a chip and step (1.05M a step).
         Disclosed budget: about 40T tokens, 5.0M H100 hours [CARD]; 6 N D = 4.1e24 FLOPs.
 
@@ -69,8 +69,8 @@ def _cpu() -> tuple[TrainStage, ...]:
             optimizer=Optimizer(schedule=Schedule(peak=4e-3, warmup_steps=40)),
             layout=Layout("single"),
             run_config=RunConfig(steps=500, eval_every=125, checkpoint_every=100),
-            evaluations=(Evaluation("heldout", data),),
-            callbacks=(SampleText(data, ("def ", "KING HENRY V:"), max_new_tokens=100),),
+            evaluations=(Evaluation("heldout"),),
+            callbacks=(SampleText(("def ", "KING HENRY V:"), max_new_tokens=100),),
         ),
     )
 
@@ -82,6 +82,7 @@ def _gpu() -> tuple[TrainStage, ...]:
         sequence_length=4096,
         batch_size=64,
         tokenize="stream",
+        max_eval_documents=4096,
         max_eval_batches=16,
     )
     model = presets.llama4_text(
@@ -108,7 +109,7 @@ def _gpu() -> tuple[TrainStage, ...]:
             layout=Layout("fsdp", fsdp=-1),
             step=StepConfig(compute_dtype="bfloat16"),
             run_config=RunConfig(steps=40_000, eval_every=1000, checkpoint_every=500),
-            evaluations=(Evaluation("heldout", data),),
+            evaluations=(Evaluation("heldout"),),
         ),
     )
 
@@ -122,6 +123,7 @@ def _full() -> tuple[TrainStage, ...]:
         sequence_length=8192,
         batch_size=128,
         tokenize="stream",
+        max_eval_documents=4096,
         max_eval_batches=16,
     )
     return (
@@ -137,6 +139,6 @@ def _full() -> tuple[TrainStage, ...]:
             run_config=RunConfig(
                 steps=100_000, eval_every=2000, checkpoint_every=500, keep_every=10_000
             ),
-            evaluations=(Evaluation("heldout", data),),
+            evaluations=(Evaluation("heldout"),),
         ),
     )

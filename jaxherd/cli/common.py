@@ -62,8 +62,8 @@ def local_devices(on: str) -> tuple[Any, ...]:
             num_processes=int(os.environ["JAXHERD_PROCESSES"]),
             process_id=int(os.environ["JAXHERD_PROCESS"]),
         )
-    elif platform == "tpu" and _several_tpu_workers():
-        jax.distributed.initialize()
+    elif platform == "tpu":
+        _join_workers(jax)
     try:
         devices = tuple(jax.devices(platform))
     except RuntimeError as error:
@@ -88,10 +88,19 @@ def local_devices(on: str) -> tuple[Any, ...]:
     return devices[:1] if platform == "cpu" and jax.process_count() == 1 else devices
 
 
-def _several_tpu_workers() -> bool:
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or bool(
-        os.environ.get("MEGASCALE_COORDINATOR_ADDRESS")
-    )
+def _join_workers(jax: Any) -> None:
+    """Join the workers of a slice; jax finds them by itself on Cloud TPU VMs and on GKE.
+
+    Raises:
+      JaxherdError: this is no TPU worker.
+    """
+    try:
+        jax.distributed.initialize()
+    except Exception as error:
+        raise JaxherdError(
+            f"this machine is no TPU worker ({str(error).splitlines()[0][:120]}): run with --on cpu, "
+            "or use `jaxherd launch`."
+        ) from error
 
 
 def persistent_cache() -> None:
@@ -108,7 +117,11 @@ def compiler_options(on: str, devices: tuple[Any, ...]) -> dict[str, Any]:
     """Return the XLA options for a run: those that a plan for the same target uses."""
     if devices[0].platform != "tpu":
         return {}
-    from jaxherd.core.targets import parse_target
-    from jaxherd.planning.flags import options_for
+    from jaxherd.core.targets import CHIPS, parse_target
+    from jaxherd.planning.flags import DEFAULT_SETS, FLAG_SETS, options_for
 
-    return {} if on == "tpu" else options_for(parse_target(on))
+    if on != "tpu":
+        return options_for(parse_target(on))
+    kind = devices[0].device_kind
+    families = [name for name, chip in CHIPS.items() if chip.device_kind == kind]
+    return dict(FLAG_SETS[DEFAULT_SETS[families[0]]].options) if families else {}

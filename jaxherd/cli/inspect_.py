@@ -113,6 +113,7 @@ def _state_bytes(stage: Any, sizes: dict[str, int]) -> float:
 
 def _print(record: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -124,9 +125,9 @@ def _print(record: dict[str, Any]) -> None:
         for name, value in stage.items():
             if name in ("name", "batch", "preview"):
                 continue
-            table.add_row(name.replace("_", " "), _shown(value))
+            table.add_row(name.replace("_", " "), escape(_shown(value)))
         for name, (shape, dtype, axes) in stage.get("batch", {}).items():
-            table.add_row(f"batch: {name}", f"{dtype} {shape} {axes}")
+            table.add_row(f"batch: {name}", escape(f"{dtype} {shape} {axes}"))
         console.print(table)
         if stage.get("preview"):
             console.print("[bold]one batch, decoded[/bold]")

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Scale
 
 
@@ -34,8 +35,15 @@ def main(
         quiet: print no progress.
     """
     from jaxherd.core.runner import run_experiment
+    from jaxherd.core.targets import parse_target
     from jaxherd.training.stage import Interrupted
 
+    if on != "tpu":
+        parse_target(on)
+    if workdir is not None and "://" in str(workdir).replace(":/", "://", 1):
+        raise JaxherdError(
+            f"workdir {workdir} is no local folder: mount the bucket (gcsfuse) and give its path."
+        )
     chosen = common.scale_for(on, scale)
     loaded = common.load_experiment(experiment, chosen, set)
     if workdir is None:

@@ -40,6 +40,13 @@ class Partitioner:
           JaxherdError: the layout does not fit the number of devices.
         """
         devices = list(jax.devices() if devices is None else devices)
+        slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+        if slices > 1 and layout.slice == 1:
+            layout = dataclasses.replace(layout, slice=slices)
+        if layout.slice not in (1, slices) and slices > 1:
+            raise JaxherdError(
+                f"layout {layout.name!r} has slice={layout.slice} and the target has {slices} slices."
+            )
         sizes = layout.sizes(len(devices))
         shape = tuple(sizes.values())
         if len(devices) > 1 and getattr(devices[0], "platform", "cpu") == "tpu":

@@ -18,14 +18,14 @@ class SampleText:
     The text is printed and kept in `samples.jsonl`, from where the report takes it.
 
     Attributes:
-      data: the stage's data; its tokenizer is used.
       prompts: one continuation each.
+      data: whose tokenizer to use; the stage's own when None.
       max_new_tokens, temperature, top_p, seed: of the sampling.
       moments: among "start", "eval" and "end".
     """
 
-    data: Any
     prompts: tuple[str, ...]
+    data: Any = None
     max_new_tokens: int = 100
     temperature: float = 0.7
     top_p: float = 0.95
@@ -36,7 +36,7 @@ class SampleText:
         """Sample if this is one of the moments (on runs of one process)."""
         if moment not in self.moments or jax.process_count() > 1:
             return
-        tokenizer = self.data.tokenizer()
+        tokenizer = (self.data or run.stage.data).tokenizer()
         module = cast_floating(run.model(), run.stage.step.compute_dtype)
         sampling = Sampling(temperature=self.temperature, top_p=self.top_p)
         requests = [
@@ -45,8 +45,9 @@ class SampleText:
             )
             for p in self.prompts
         ]
-        with run.program.partitioner.activate():
-            results = Generator(module, tokenizer).run(requests)
+        # A few rows do not divide over a mesh: they are sampled on one device.
+        module = jax.device_put(module, run.context.devices[0])
+        results = Generator(module, tokenizer).run(requests)
         path = run.context.folder / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

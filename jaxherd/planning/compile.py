@@ -166,7 +166,8 @@ def roofline(
 ) -> dict[str, Any]:
     """Return the plan's timing fields for a compiled module.
 
-    estimated_step_seconds = max(FLOPs / peak, HBM bytes / bandwidth) + exposed collectives.  Off
+    estimated_step_seconds = max(FLOPs / peak, HBM bytes / bandwidth) + exposed collectives, whose
+    exposure is an estimate; mfu_bound = compute / max(compute, HBM) leaves it out.  Off
     TPU the text has no cycle estimates, so nothing says what hides a collective; there the bound
     is the largest of the three terms.
     """
@@ -190,7 +191,7 @@ def roofline(
         "collective_bytes": sent * chip.devices_per_chip,
         "estimated_step_seconds": seconds,
         "bottleneck": max(terms, key=lambda name: terms[name]),
-        "mfu_bound": compute / seconds if seconds else None,
+        "mfu_bound": compute / max(compute, hbm) if compute else None,
         "compute_seconds": compute,
         "hbm_seconds": hbm,
         "collective_seconds": on_links,

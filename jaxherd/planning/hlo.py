@@ -302,7 +302,7 @@ def parse_hlo(text: str) -> Module:
         if header := _HEADER.match(line):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
+        elif line.rstrip() == "}" and name:
             computations[name] = Computation(name, tuple(lines))
             name = ""
         elif name and (instruction := _instruction(line)):

@@ -118,14 +118,14 @@ def _install(source: str, name: str, copy: Callable[[Path], Command]) -> tuple[l
 def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequence[str]) -> str:
     """Return the shell text that starts the run on a worker, detached, restarted on failure.
 
-    Exit status 2 is bad input, which no restart mends.
+    Exit status 2 is bad input, which no restart mends; 143 is a stop that was asked for.
     """
     run = ["jaxherd", "run", experiment, "--on", target.name, "--workdir", workdir, *run_args]
     loop = (
         ". ~/jaxherd-env/bin/activate; "
         "for attempt in $(seq 1 100); do "
         f"{shlex.join(run)}; status=$?; "
-        '[ "$status" = 0 ] && exit 0; [ "$status" = 2 ] && exit 2; '
+        '[ "$status" = 0 ] && exit 0; [ "$status" = 2 ] && exit 2; [ "$status" = 143 ] && exit 143; '
         'echo "jaxherd launch: attempt $attempt ended with $status, resuming"; sleep 15; done'
     )
     return f"nohup bash -c {shlex.quote(loop)} >> ~/jaxherd.log 2>&1 < /dev/null & echo started"

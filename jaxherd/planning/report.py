@@ -89,11 +89,12 @@ class Plan:
     compile_seconds: float = 0.0
     """Wall time of lowering and compiling, here."""
     estimated_step_seconds: float | None = None
-    """Lower bound: max(FLOPs at peak, HBM bytes at full bandwidth) + exposed collectives."""
+    """max(FLOPs at peak, HBM bytes at full bandwidth) + exposed collectives: the first two terms are
+    bounds, the exposure is an estimate."""
     bottleneck: str = ""
     """The largest term of that bound: `compute`, `hbm` or `collectives`; `memory` on a misfit."""
     mfu_bound: float | None = None
-    """flops_per_step / (chips * peak * estimated_step_seconds): no run will do better."""
+    """FLOPs at peak / max(FLOPs at peak, HBM bytes at full bandwidth): no run will do better."""
 
     layout: str = ""
     mesh: str = ""

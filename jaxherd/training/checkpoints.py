@@ -8,6 +8,7 @@ one before it.
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,15 @@ class Checkpoints:
         return None if restored is None else restored[1]
 
     def discard_after(self, step: int) -> None:
-        """Delete checkpoints newer than `step` (damaged ones that a resumed run will redo)."""
+        """Put aside checkpoints newer than `step`: damaged ones that a resumed run will redo.
+
+        They are kept in `damaged/` beside the others, in case the fault was the reader's.
+        """
         for other in self.steps():
             if other > step and jax.process_index() == 0:
-                shutil.rmtree(self._step_folder(other), ignore_errors=True)
+                aside = self._folder.parent / "damaged" / f"{other}-{time.time_ns()}"
+                aside.parent.mkdir(exist_ok=True)
+                self._step_folder(other).rename(aside)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -182,7 +188,7 @@ class Checkpoints:
         self._check_shapes(step, {"params": abstract_params}, part="params")
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
-            path = self._step_folder(step)
+            path = str(self._step_folder(step))
             wanted = {"state": {"params": abstract_params}}
             return ocp.load_checkpointables(path, wanted)["state"]["params"]
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError, missing_extra
 
+LOGGERS = ("jsonl", "tensorboard", "wandb")
+
 
 @runtime_checkable
 class Logger(Protocol):

@@ -85,7 +85,13 @@ def chunked_cross_entropy(
     partitioner = sharding.active()
     alone = partitioner is None or partitioner.mesh.size == 1
     if partitioner is None or alone or partitioner.mesh_axes("act_vocab"):
-        # One device, or a vocabulary that is itself split, which XLA's partitioner handles.
+        # One device, or a vocabulary that is itself split, which XLA's partitioner handles: there
+        # the arrays are global and each device holds its share of a chunk.
+        if partitioner is not None:
+            axes = ("batch", "length", "act_vocab")
+            chunk_bytes *= partitioner.axis_size(
+                *(m for a in axes for m in partitioner.mesh_axes(a))
+            )
         return tuple(local(head, hidden_BTD, targets_BT, weights_BT))
     rows = partitioner.spec(("batch", "length"))
     axes = partitioner.mesh_axes("batch") + partitioner.mesh_axes("length")
@@ -163,9 +169,9 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, saved, d_sums):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _chunks(total_bytes: float, length: int, chunk_bytes: int) -> int:
+def _chunks(total_bytes: int, length: int, chunk_bytes: int) -> int:
     """Return the smallest divisor of the length that brings a chunk below its size."""
-    wanted = max(1, -(-int(total_bytes) // chunk_bytes))
+    wanted = max(1, -(-total_bytes // chunk_bytes))
     for chunks in range(wanted, length + 1):
         if length % chunks == 0:
             return chunks

@@ -85,14 +85,19 @@ class NextToken:
         return loss, metrics
 
     def _routing(self, loss, router):
-        auxiliary, z = 0.0, 0.0
+        auxiliary, z, layers = 0.0, 0.0, 0
         metrics: Metrics = {}
         for index, stats in enumerate(router):
-            auxiliary += balance.auxiliary_loss(stats.load_E, stats.probability_E, stats.tokens)
-            z += (stats.z / jnp.maximum(stats.tokens, 1.0)).mean()
+            # Each entry is a stack of layers: all layers weigh the same, however they are stacked.
+            count = stats.tokens.size
+            layers += count
+            auxiliary += count * balance.auxiliary_loss(
+                stats.load_E, stats.probability_E, stats.tokens
+            )
+            z += (stats.z / jnp.maximum(stats.tokens, 1.0)).sum()
             rows = jnp.broadcast_to(stats.load_E.sum(axis=-1, keepdims=True), stats.load_E.shape)
             metrics[f"expert_load/{index}"] = pair(stats.load_E, rows)
-        auxiliary, z = auxiliary / len(router), z / len(router)
+        auxiliary, z = auxiliary / layers, z / layers
         if self.balancing == "auxiliary_loss":
             loss = loss + self.balancing_weight * auxiliary
         if self.router_z_loss:

@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from jaxherd.core import batch as batch_lib
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
-from jaxherd.training.loggers import open_loggers, read_records
+from jaxherd.training.loggers import LOGGERS, open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.progress import Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
@@ -54,6 +54,11 @@ class RunConfig:
         for name in ("steps", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise JaxherdError(f"run.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.eval_every < 0:
+            raise JaxherdError(f"run.eval_every must not be negative, got {self.eval_every}.")
+        for kind in self.loggers:
+            if kind not in LOGGERS:
+                raise JaxherdError(f"no logger {kind!r}; " + nearest(kind, LOGGERS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +67,13 @@ class Evaluation:
 
     Attributes:
       name: prefix of the metrics in the log.
-      data: its `split` is read once, in order.
+      data: its `split` is read once, in order; the stage's own when None.
       objective: the stage's own when None.
       max_batches: stop after so many batches; None reads the split to its end.
     """
 
     name: str
-    data: Any
+    data: Any = None
     split: str = "heldout"
     objective: Any = None
     max_batches: int | None = None
@@ -143,6 +148,15 @@ class TrainStage:
         Raises:
           JaxherdError: the layout, the batch, a parameter or an activation does not fit.
         """
+        words, known = (
+            getattr(self.data, "vocab_size", None),
+            getattr(self.model, "vocab_size", None),
+        )
+        if words is not None and known is not None and words > known:
+            raise JaxherdError(
+                f"{self.name}: the tokenizer has {words} tokens and the model knows {known}: set "
+                f"{self.name}.model.vocab_size={words} or take a smaller tokenizer."
+            )
         program = self.program(devices, compiler_options)
         program.step.trace(*self.abstract_inputs(program))
 
@@ -234,6 +248,9 @@ class _Run:
         )
         loggers = []
         try:
+            # What is wrong with the held-out data is told now, not after hours of training.
+            for evaluation in stage.evaluations:
+                _close(_open(evaluation, stage.data))
             state, first = self._start(checkpoints, data)
             self._record_config(data)
             if jax.process_index() == 0:
@@ -251,8 +268,7 @@ class _Run:
             for logger in loggers:
                 logger.close()
             checkpoints.close()
-            if hasattr(data, "close"):
-                data.close()
+            _close(data)
 
     def _start(self, checkpoints: Checkpoints, data: Any) -> tuple[TrainState, int]:
         restored = checkpoints.restore(self.program.abstract_state())
@@ -287,19 +303,22 @@ class _Run:
         waiting: tuple[int, Any] | None = None
         last: dict[str, Any] = {}
         summary: dict[str, Any] = {}
+        profiling = False
         for step in range(running.step, config.steps):
             if config.profile_at == step:
                 jax.profiler.start_trace(str(self.context.folder / "profile"))
+                profiling = True
             batch = batch_lib.to_global(next(data), program.batch_shardings)
             running.state, sums = program.step(running.state, batch, None)
             running.step = step + 1
             if waiting is not None:
                 last = self._log(*waiting, loggers, progress, units)
             waiting = (step + 1, sums)
-            if config.profile_at is not None and step == config.profile_at + 4:
+            final = step + 1 == config.steps
+            if profiling and (final or step == (config.profile_at or 0) + 4):
                 jax.block_until_ready(sums)
                 jax.profiler.stop_trace()
-            final = step + 1 == config.steps
+                profiling = False
             evaluate = final or (config.eval_every and (step + 1) % config.eval_every == 0)
             stopping = self._stopping(step + 1)
             save = final or (step + 1) % config.checkpoint_every == 0 or stopping
@@ -361,7 +380,7 @@ class _Run:
     def _evaluate(self, running, loggers, progress) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for evaluation in self.stage.evaluations:
-            values = evaluate(self.program, running.state, evaluation)
+            values = evaluate(self.program, running.state, evaluation, self.stage.data)
             named = {f"{evaluation.name}/{k}": v for k, v in values.items()}
             summary |= {k: v.item() for k, v in named.items() if v.ndim == 0}
             for logger in loggers:
@@ -423,21 +442,39 @@ class _StopOnSignal:
             signal.signal(number, old)
 
 
-def evaluate(program: Program, state: TrainState, evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """Return the metrics of a pass over held-out data, summed over batches and processes."""
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    data = evaluation.data.build(split=evaluation.split, seed=0, **process)
+def evaluate(
+    program: Program, state: TrainState, evaluation: Evaluation, data: Any = None
+) -> dict[str, np.ndarray]:
+    """Return the metrics of a pass over held-out data, summed over batches and processes.
+
+    Args:
+      program, state: what to evaluate.
+      evaluation: on which data; `data` where it names none.
+    Raises:
+      JaxherdError: the split is empty.
+    """
+    batches = _open(evaluation, data)
     total = None
-    for number, batch in enumerate(data):
+    for number, batch in enumerate(batches):
         if number == evaluation.max_batches:
             break
         sums = program.evaluate(state, batch_lib.to_global(batch, program.batch_shardings), None)
         total = sums if total is None else metrics_lib.add(total, sums)
-    if hasattr(data, "close"):
-        data.close()
+    _close(batches)
     if total is None:
         raise JaxherdError(f"evaluation {evaluation.name!r}: split {evaluation.split!r} is empty.")
     return metrics_lib.means(jax.device_get(total))
+
+
+def _open(evaluation: Evaluation, data: Any) -> Any:
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    source = data if evaluation.data is None else evaluation.data
+    return source.build(split=evaluation.split, seed=0, **process)
+
+
+def _close(data: Any) -> None:
+    if hasattr(data, "close"):
+        data.close()
 
 
 def load_params(folder: Path, program: Program) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.modules import Definition, Tree, abstract, cast_floating, split
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
@@ -38,6 +39,9 @@ class TrainState:
     key: Any
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """How a step is computed.
@@ -51,6 +55,15 @@ class StepConfig:
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     accumulate: int = 1
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise JaxherdError(f"step.accumulate must be at least 1, got {self.accumulate}.")
+        for name in ("compute_dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise JaxherdError(
+                    f"step.{name}={getattr(self, name)!r}: " + nearest(getattr(self, name), DTYPES)
+                )
 
 
 class Program:

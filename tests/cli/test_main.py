@@ -90,17 +90,17 @@ def test_inspect_counts_without_data(capsys):
 
 def test_inspect_decodes_a_batch(capsys):
     status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
-    assert status == 0 and "one batch, decoded" in out and "chunked 64" in out
+    assert status == 0 and "one batch, decoded" in out and "causal, NoPE" in out
 
 
 def test_several_overrides_count(capsys):
     status, out, _ = call(
         capsys, "inspect", "llama4/scout", "--on", "cpu", "--json", "--no-batch",
-        "--set", "pretrain.run_config.steps=7", "--set", "optimizer.clip=none",
+        "--set", "pretrain.run_config.steps=70", "--set", "optimizer.clip=none",
     )  # fmt: skip
     stage = json.loads(out)["config"]["stages"][0]
     assert status == 0
-    assert stage["run_config"]["steps"] == 7 and stage["optimizer"]["clip"] is None
+    assert stage["run_config"]["steps"] == 70 and stage["optimizer"]["clip"] is None
 
 
 def test_launch_dry_run_prints_copyable_commands(capsys):

@@ -23,8 +23,9 @@ GOLDEN = pathlib.Path(__file__).with_name("scout_sharding.json")
 STANDARD = {
     "fsdp": Layout("fsdp", fsdp=8),
     "fsdp_expert": Layout("fsdp_expert", fsdp=4, expert=2),
-    "fsdp_tensor": Layout("fsdp_tensor", fsdp=8, tensor=1),
     "sequence": Layout("sequence", fsdp=2, sequence=4),
+    # Kernels are stored flat, so that every preset divides here; its heads need not.
+    "tensor": Layout("tensor", fsdp=4, tensor=2),
 }
 
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret: bool):
     """Return y_MN; rows of no group are left uninitialised (also in the gradient of x)."""
-    return _gmm(x_MK, w_GKN, group_sizes_G, interpret, transposed=False)
+    rows = x_MK.shape[0]
+    return _gmm(_whole_tiles(x_MK), w_GKN, group_sizes_G, interpret, transposed=False)[:rows]
+
+
+def _whole_tiles(x_MK):
+    """Pad the rows to a multiple of a tile; the new rows belong to no group."""
+    rows = x_MK.shape[0]
+    return jnp.pad(x_MK, ((0, -rows % (128 if rows > 128 else 8)), (0, 0)))
 
 
 def _tile(size: int, most: int) -> int:
@@ -40,13 +47,14 @@ def _backward(interpret, saved, dy_MN):
 
     x_MK, w_GKN, group_sizes_G = saved
     sizes = group_sizes_G.astype(jnp.int32)
-    dy_MN = dy_MN.astype(x_MK.dtype)
+    rows = x_MK.shape[0]
+    x_MK, dy_MN = _whole_tiles(x_MK), _whole_tiles(dy_MN.astype(x_MK.dtype))
     dx_MK = _gmm(dy_MN, w_GKN, sizes, interpret, transposed=True)
     dx_MK = jnp.where(jnp.arange(dx_MK.shape[0])[:, None] < sizes.sum(), dx_MK, 0)
     tiling = (_tile(x_MK.shape[0], 512), _tile(x_MK.shape[1], 1024), _tile(dy_MN.shape[1], 1024))
     dw_GKN = tgmm(x_MK.swapaxes(0, 1), dy_MN, sizes, w_GKN.dtype, tiling,
                   num_actual_groups=w_GKN.shape[0], interpret=interpret)  # fmt: skip
-    return dx_MK, dw_GKN, None
+    return dx_MK[:rows], dw_GKN, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
