@@ -90,7 +90,7 @@ def test_inspect_counts_without_data(capsys):
 
 def test_inspect_decodes_a_batch(capsys):
     status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
-    assert status == 0 and "one batch, decoded" in out and "causal, NoPE" in out
+    assert status == 0 and "one batch, decoded" in out and "NoPE" in out and "16 experts" in out
 
 
 def test_several_overrides_count(capsys):
