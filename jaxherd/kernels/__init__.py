@@ -2,5 +2,13 @@
 
 from jaxherd.kernels.attention import AttentionMask, attention
 from jaxherd.kernels.grouped_matmul import grouped_matmul
+from jaxherd.kernels.quantized_matmul import QuantizedMatrix, quantize, quantized_matmul
 
-__all__ = ["AttentionMask", "attention", "grouped_matmul"]
+__all__ = [
+    "AttentionMask",
+    "QuantizedMatrix",
+    "attention",
+    "grouped_matmul",
+    "quantize",
+    "quantized_matmul",
+]
