@@ -17,6 +17,9 @@ from jaxherd.core.errors import JaxherdError
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+# A computation ends with a brace of its own, or with the thread that runs it; an attribute over
+# several lines (a kernel's) ends with braces and more.
+_END = re.compile(r"\}(\s*$|, execution_thread=)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .+ \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
@@ -302,7 +305,7 @@ def parse_hlo(text: str) -> Module:
         if header := _HEADER.match(line):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.rstrip() == "}" and name:
+        elif name and _END.match(line):
             computations[name] = Computation(name, tuple(lines))
             name = ""
         elif name and (instruction := _instruction(line)):

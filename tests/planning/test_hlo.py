@@ -124,3 +124,29 @@ def test_iota_groups_agree_with_numpy(permutation, dims):
 def test_other_text_is_refused():
     with pytest.raises(JaxherdError, match="no ENTRY"):
         parse_hlo("module @jit_f { }")
+
+
+def test_attributes_over_several_lines_end_no_computation():
+    """A splash kernel prints one; what follows it in the computation must be read."""
+    text = """HloModule m, num_partitions=1
+
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %kernel = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"a": {
+    "b": 1
+}}, metadata={op_name="splash"}
+  ROOT %after = f32[4]{0} negate(%kernel)
+}
+
+%copy (q: f32[4]) -> f32[4] {
+  ROOT %q = f32[4]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %r = f32[4]{0} call(%x), to_apply=%body
+}
+"""
+    module = parse_hlo(text)
+    assert set(module.computations) == {"body", "copy", "main"}
+    assert module.computations["body"].root.name == "after"
