@@ -77,6 +77,21 @@ def compile_plan(
         versions=versions(target),
     )
     start = time.perf_counter()
+    state = misfit.argument_gib(list(abstract_args)) * target.chip.devices_per_chip
+    if target.kind == "tpu" and state > target.chip.hbm_gib:
+        return Plan(
+            **common,
+            fits=False,
+            hbm_gib_per_chip=state,
+            compile_seconds=time.perf_counter() - start,
+            bottleneck="memory",
+            largest_buffers=misfit.argument_buffers(list(abstract_args)),
+            notes=(
+                "The train state and the batch alone exceed the memory, so nothing was compiled: "
+                "the step needs more than this.",
+            ),
+            advice=misfit.advise(target, state, state, dict(mesh.shape)),
+        )
     try:
         compiled = fn_jitted.lower(*abstract_args).compile(compiler_options=options or None)
     except Exception as error:
