@@ -118,13 +118,19 @@ def _install(source: str, name: str, copy: Callable[[Path], Command]) -> tuple[l
 def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequence[str]) -> str:
     """Return the shell text that starts the run on a worker, detached, restarted on failure.
 
+    The bucket is mounted with gcsfuse, so that checkpoints and logs are ordinary files.
+
     Exit status 2 is bad input, which no restart mends; 143 is a stop that was asked for.
     """
-    run = ["jaxherd", "run", experiment, "--on", target.name, "--workdir", workdir, *run_args]
+    run = ["jaxherd", "run", experiment, "--on", target.name]
+    bucket, _, folder = workdir.removeprefix("gs://").partition("/")
+    mounted = f'"$HOME"/jaxherd-bucket/{shlex.quote(folder)}'
     loop = (
-        ". ~/jaxherd-env/bin/activate; "
+        ". ~/jaxherd-env/bin/activate; mkdir -p ~/jaxherd-bucket; "
+        "mountpoint -q ~/jaxherd-bucket || gcsfuse --implicit-dirs "
+        f"{shlex.quote(bucket)} ~/jaxherd-bucket || exit 2; "
         "for attempt in $(seq 1 100); do "
-        f"{shlex.join(run)}; status=$?; "
+        f"{shlex.join(run)} --workdir {mounted} {shlex.join(run_args)}; status=$?; "
         '[ "$status" = 0 ] && exit 0; [ "$status" = 2 ] && exit 2; [ "$status" = 143 ] && exit 143; '
         'echo "jaxherd launch: attempt $attempt ended with $status, resuming"; sleep 15; done'
     )
@@ -229,7 +235,8 @@ def launch_commands(
         commands += copies
         # The image's own Python (3.10 on Ubuntu 22.04) is older than jaxherd needs; uv brings one.
         install = (
-            "set -e; python3 -m pip install -q --user uv; "
+            "set -e; command -v gcsfuse || sudo apt-get -y -q install gcsfuse; "
+            "python3 -m pip install -q --user uv; "
             "[ -x ~/jaxherd-env/bin/python ] || "
             f"~/.local/bin/uv venv -q --python {_PYTHON} ~/jaxherd-env; "
             "~/.local/bin/uv pip install -q --python ~/jaxherd-env/bin/python "

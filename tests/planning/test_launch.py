@@ -28,7 +28,8 @@ def test_one_slice():
     assert wait.until == "ACTIVE" and "FAILED" in wait.fails_on
     run = next(step for step in steps if "start the run" in step.purpose)
     assert "--worker=all" in run.argv
-    assert "--on v5p:4x4x8" in run.argv[-1] and "gs://my-bucket/runs/scout-1" in run.argv[-1]
+    assert "--on v5p:4x4x8" in run.argv[-1] and "--implicit-dirs my-bucket" in run.argv[-1]
+    assert "jaxherd-bucket/runs/scout-1" in run.argv[-1]
     assert steps[-1].argv[4] == "delete" and steps[-1].at_end
 
 
@@ -93,6 +94,9 @@ def test_arguments_reach_the_program_unchanged(argument, tmp_path):
     program = binaries / "jaxherd"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > ~/arguments\n')
     program.chmod(0o755)
+    mount = binaries / "gcsfuse"
+    mount.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > ~/mounted\n')
+    mount.chmod(0o755)
     text = run.argv[-1].removeprefix("--command=")
     # In the foreground, so that the test need not wait for a file.
     text = text.replace(" & echo started", "")
@@ -104,6 +108,8 @@ def test_arguments_reach_the_program_unchanged(argument, tmp_path):
         timeout=20,
     )
     assert (tmp_path / "arguments").read_text().splitlines()[-1] == argument
+    assert f"{tmp_path}/jaxherd-bucket/runs/scout-1" in (tmp_path / "arguments").read_text()
+    assert (tmp_path / "mounted").read_text().splitlines()[:2] == ["--implicit-dirs", "my-bucket"]
     assert not (tmp_path / "HIT").exists()
 
 
