@@ -165,6 +165,11 @@ def _read_llama4_text(config: Mapping[str, Any]) -> DecoderConfig:
             kind="chunked" if local else "causal",
             size=size if local else None,
             rope=rope if rotates else None,
+            # Beyond a million positions float32 phases drift; the scores are the same
+            # (llama4.md 2.6).
+            rope_positions=(
+                "chunk_relative" if local and common["max_length"] > 1_048_576 else "absolute"
+            ),
             qk_norm="unit_after_rope" if rotates and config.get("use_qk_norm", True) else "none",
             temperature=temperature if tuned and not rotates else None,
             qkv_bias=bias,
