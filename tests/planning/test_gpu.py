@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxherd.cli.plan_ import plan_stage
+from jaxherd.core import catalog
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.targets import abstract_devices, parse_target
 from jaxherd.planning import gpu
@@ -65,3 +67,13 @@ def test_without_the_plugin_the_extra_is_named(monkeypatch):
     assert not gpu.cuda_compiler_available()
     with pytest.raises(JaxherdError, match=r"jaxherd\[cuda\]"):
         gpu.require_cuda_compiler()
+
+
+@pytest.mark.gpu_compile
+def test_scout_trains_on_one_host_of_gpus():
+    """The recipe's own step at its gpu scale, for eight H100s that are not here."""
+    experiment = catalog.load("llama4/scout", "gpu")
+    plan = plan_stage(experiment, experiment.stages[0], parse_target("h100:8"))
+    assert plan.fits and plan.chips == 8
+    assert plan.flops_per_step == experiment.stages[0].flops_per_step()
+    assert any(row.op in ("all-gather", "all-reduce") for row in plan.collectives)
