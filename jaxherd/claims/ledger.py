@@ -201,5 +201,5 @@ def _check_writable(folder: Path) -> None:
         writable = False
     if not writable:
         raise JaxherdError(
-            f"the record's folder {folder} cannot be written: run claims from a checkout of jaxherd."
+            f"the record's folder {folder} cannot be written: run claims from a checkout."
         )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ def main(
     ids: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     run: bool = False,
-    json_: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     readme: bool = False,
     workdir: Path = Path("runs/claims"),
 ) -> int:

@@ -125,7 +125,7 @@ def seed_curves(
                 axes.plot(x, values, color=colour, alpha=0.35, linewidth=0.8)
             mean = np.mean(np.asarray(seeds, float), axis=0)
             axes.plot(x, mean, "o-", color=colour, label=name, linewidth=1.8, markersize=4)
-        for index, (name, height) in enumerate(panel.get("lines", {}).items()):
+        for name, height in panel.get("lines", {}).items():
             axes.axhline(height, color="#777777", linewidth=0.9, linestyle="--", zorder=0)
             axes.annotate(
                 name, (0.01, height), xycoords=("axes fraction", "data"), fontsize=7,
