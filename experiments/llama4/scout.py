@@ -70,10 +70,7 @@ def _cpu() -> tuple[TrainStage, ...]:
             layout=Layout("single"),
             run_config=RunConfig(steps=500, eval_every=125, checkpoint_every=100),
             evaluations=(Evaluation("heldout", data),),
-            callbacks=(
-                SampleText(data, "def ", max_new_tokens=120),
-                SampleText(data, "KING HENRY", max_new_tokens=120),
-            ),  # fmt: skip
+            callbacks=(SampleText(data, ("def ", "KING HENRY V:"), max_new_tokens=100),),
         ),
     )
 

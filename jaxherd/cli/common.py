@@ -1,11 +1,19 @@
 """What several verbs need: experiments with overrides, targets, devices."""
 
 import os
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from jaxherd.core import catalog
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment, Scale
+
+# `--set a=1 --set b=2`: given several times, all count.
+Overrides = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="path.to.field=value")
+]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def scale_for(on: str, scale: Scale | None) -> Scale:

@@ -1,7 +1,7 @@
 """`jaxherd inspect`: what an experiment is, before anything trains."""
 
-import json
-from typing import Annotated, Any
+import json as json_lib
+from typing import Any
 
 import tyro
 
@@ -13,8 +13,8 @@ def main(
     experiment: tyro.conf.Positional[str],
     /,
     on: str | None = None,
-    json_: bool = False,
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    json: common.Json = False,
+    set: common.Overrides = (),
     scale: Scale | None = None,
     batch: bool = True,
 ) -> int:
@@ -25,7 +25,7 @@ def main(
     Args:
         experiment: `<paper>/<file>`, or the path of your own file.
         on: a target such as cpu, gpu:8 or v5p:4x4x8; the experiment's own by default.
-        json_: print JSON, with every field that --set can change.
+        json: print JSON, with every field that --set can change.
         set: override any field of the experiment.
         scale: cpu, gpu or full; follows from --on if not given.
         batch: read and decode one batch of data (only at the cpu scale, where the data is small).
@@ -43,9 +43,9 @@ def main(
         "target": target.name,
         "stages": stages,
     }
-    if json_:
+    if json:
         record["config"] = describe(loaded)
-        print(json.dumps(record, indent=2, default=str))
+        print(json_lib.dumps(record, indent=2, default=str))
         return 0
     _print(record)
     return 0
@@ -71,11 +71,22 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
         "batch": {name: [list(f.shape), str(f.dtype), list(f.axes)] for name, f in spec.items()},
     }
     if hasattr(model, "segments"):
-        about["layers"] = [f"{len(s.pattern)} kinds x {s.count}" for s in model.segments()]
+        about["layers"] = [
+            f"{s.count} x (" + " + ".join(f"{r.length} {_kind(r.layer)}" for r in s.runs) + ")"
+            for s in model.segments()
+        ]
     if read_batch:
         data = stage.data.build(split="train", seed=0)
         about["preview"] = stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
     return about
+
+
+def _kind(layer: Any) -> str:
+    attention = layer.attention
+    span = f"{attention.kind} {attention.size}" if attention.size else attention.kind
+    rope = "RoPE" if attention.rope is not None else "NoPE"
+    experts = getattr(layer.feed_forward, "num_experts", None)
+    return f"[{span}, {rope}, {f'{experts} experts' if experts else 'dense'}]"
 
 
 def _state_bytes(stage: Any, sizes: dict[str, int]) -> float:

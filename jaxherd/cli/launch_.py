@@ -17,7 +17,7 @@ def main(
     spot: bool = False,
     reserved: bool = False,
     source: str = "pypi",
-    set: tuple[str, ...] = (),
+    set: common.Overrides = (),
     seed: int = 0,
     dry_run: bool = False,
 ) -> int:

@@ -1,21 +1,22 @@
 """`jaxherd list`: experiments by paper, with scales and targets."""
 
-import json
+import json as json_lib
 from typing import Any
 
+from jaxherd.cli import common
 from jaxherd.core import catalog
 from jaxherd.core.experiment import SCALES
 
 
-def main(json_: bool = False) -> int:
+def main(json: common.Json = False) -> int:
     """List the experiments that come with jaxherd.
 
     Args:
-        json_: print JSON instead of a table.
+        json: print JSON instead of a table.
     """
     rows = [_row(entry) for entry in catalog.entries()]
-    if json_:
-        print(json.dumps(rows, indent=2))
+    if json:
+        print(json_lib.dumps(rows, indent=2))
         return 0
     from rich.console import Console
     from rich.table import Table

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -15,8 +15,8 @@ def main(
     experiment: tyro.conf.Positional[str],
     /,
     on: str | None = None,
-    json_: bool = False,
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    json: common.Json = False,
+    set: common.Overrides = (),
     scale: Scale | None = None,
     stage: str | None = None,
     flags: str | None = None,
@@ -30,7 +30,7 @@ def main(
     Args:
         experiment: `<paper>/<file>`, or the path of your own file.
         on: v5p:8x8x8, v5e:4x4, v5p-1024, 2*v6e:16x16, h100:8 ...; the experiment's own by default.
-        json_: print the plan as JSON.
+        json: print the plan as JSON.
         set: override any field of the experiment.
         scale: cpu, gpu or full; follows from --on if not given.
         stage: plan only this stage.
@@ -47,7 +47,7 @@ def main(
     common.use_platform("cpu")
     plans = [plan_stage(loaded, item, target, flags) for item in _stages(loaded, stage)]
     for plan in plans:
-        if json_:
+        if json:
             print(plan.to_json())
         else:
             plan.render()

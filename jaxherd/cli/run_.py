@@ -3,7 +3,6 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -17,7 +16,7 @@ def main(
     on: str = "cpu",
     workdir: Path | None = None,
     seed: int = 0,
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="path.to.field=value")] = (),
+    set: common.Overrides = (),
     scale: Scale | None = None,
     quiet: bool = False,
 ) -> int:

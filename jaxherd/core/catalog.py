@@ -84,8 +84,8 @@ def load_file(path: Path) -> types.ModuleType:
     path = path.resolve()
     root = resources.folder("experiments").resolve()
     if not path.is_relative_to(root):
-        # Two users' files may have the same name.
-        digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+        # Two files of the same name are two experiments.
+        digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
         return _execute(path, f"jaxherd_user_{path.stem}_{digest}")
     _package(_PACKAGE, root)
     paper = path.parent.name

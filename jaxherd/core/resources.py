@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jaxherd
 from jaxherd.core.errors import JaxherdError
 
 
@@ -12,7 +11,7 @@ def folder(name: str) -> Path:
     Raises:
       JaxherdError: the package was installed without it.
     """
-    package = Path(jaxherd.__file__).parent
+    package = Path(__file__).parents[1]
     for candidate in (package / "_resources" / name, package.parent / name):
         if candidate.is_dir():
             return candidate

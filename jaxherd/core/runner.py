@@ -1,5 +1,6 @@
 """Run an experiment's stages in order, from wherever an earlier run stopped."""
 
+import errno
 import json
 import os
 import platform
@@ -47,8 +48,44 @@ def run_experiment(
     Raises:
       JaxherdError: the folder cannot be written or belongs to another run.
     """
-    prepare_folder(workdir)
-    _claim(workdir, experiment, seed, is_main)
+    for stage in experiment.stages:
+        if hasattr(stage, "check") and not is_done(workdir / stage.name):
+            stage.check(devices, compiler_options)
+    made = prepare_folder(workdir)
+    is_new = _claim(workdir, experiment, seed, is_main)
+    try:
+        return _run_stages(
+            experiment,
+            workdir,
+            is_main,
+            target=target,
+            devices=devices,
+            seed=seed,
+            say=say,
+            quiet=quiet,
+            compiler_options=compiler_options or {},
+        )
+    except JaxherdError:
+        if is_new and is_main:
+            _withdraw(workdir, made)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        reason = "is read-only" if error.errno == errno.EROFS else "is full"
+        raise JaxherdError(
+            f"the disk of {workdir} {reason}: make room and run the same command to go on."
+        ) from error
+
+
+def _run_stages(
+    experiment: Experiment,
+    workdir: Path,
+    is_main: bool,
+    *,
+    say: Callable[[str], None],
+    **given: Any,
+) -> dict[str, Any]:
     summaries: dict[str, Any] = {}
     for stage in experiment.stages:
         folder = workdir / stage.name
@@ -59,12 +96,8 @@ def run_experiment(
         context = StageContext(
             folder=folder,
             artifacts={name: workdir / name for name in stage.reads},
-            target=target,
-            devices=devices,
-            seed=seed,
             say=say,
-            quiet=quiet,
-            compiler_options=compiler_options or {},
+            **given,
         )
         summaries[stage.name] = dict(stage.run(context))
         if is_main:
@@ -74,12 +107,13 @@ def run_experiment(
     return summaries
 
 
-def prepare_folder(workdir: Path) -> None:
-    """Make the folder and try to write in it.
+def prepare_folder(workdir: Path) -> list[Path]:
+    """Make the folder and try to write in it; returns the folders that were made, inmost first.
 
     Raises:
       JaxherdError: it is a file, or cannot be written.
     """
+    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe.{os.getpid()}"
@@ -90,13 +124,29 @@ def prepare_folder(workdir: Path) -> None:
             f"workdir {workdir} cannot be written ({error.strerror or error}): choose another "
             "with --workdir."
         ) from error
+    return made
 
 
-def _claim(workdir: Path, experiment: Experiment, seed: int, is_main: bool) -> None:
+def _withdraw(workdir: Path, made: list[Path]) -> None:
+    """Forget a new run that failed before any of its stages wrote something."""
+    if [path.name for path in workdir.iterdir()] != ["run.json"]:
+        return
+    (workdir / "run.json").unlink()
+    for folder in made:
+        folder.rmdir()
+
+
+def _claim(workdir: Path, experiment: Experiment, seed: int, is_main: bool) -> bool:
+    """Write down whose folder this is; returns whether it was nobody's."""
     path = workdir / "run.json"
     wanted = {"experiment": describe(experiment), "seed": seed}
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise JaxherdError(
+                f"{path} cannot be read: delete it to go on, or choose another --workdir."
+            ) from error
         for part in ("experiment", "seed"):
             change = _first_difference(found.get(part), json.loads(json.dumps(wanted[part])), part)
             if change:
@@ -104,9 +154,10 @@ def _claim(workdir: Path, experiment: Experiment, seed: int, is_main: bool) -> N
                     f"workdir {workdir} belongs to another run: {change}. Use the same settings "
                     "to resume, or another --workdir."
                 )
-        return
+        return False
     if is_main:
         write_json(path, {**wanted, "versions": versions(), "command": sys.argv})
+    return True
 
 
 def _first_difference(old: Any, new: Any, path: str) -> str | None:

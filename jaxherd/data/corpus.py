@@ -401,7 +401,7 @@ def _array_records(
     """Split ArrayRecord files by position: the last records are held out."""
     import grain
 
-    records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    records: Any = grain.sources.ArrayRecordDataSource([str(file) for file in files])
     cut = len(records) - max(1, round(len(records) * fraction))
     if cut < 1:
         raise JaxherdError(f"{name!r} has too few records ({len(records)}) to hold some out.")

@@ -62,7 +62,7 @@ def packed_lanes(
 def _pack(parts: Any, packing: str, length: int, bins: int, pad_id: int, *, seed: int) -> Any:
     import grain
 
-    lengths = dict.fromkeys(CONTENT_FIELDS, length)
+    lengths: dict[str, int] = dict.fromkeys(CONTENT_FIELDS, length)
     if packing == "concat":
         return grain.experimental.ConcatThenSplitIterDataset(parts, length_struct=lengths)
     kinds = {

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxherd.core.batch import BatchSpec
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.data.batch import BatchSpec
 from jaxherd.data.cache import cache_root
 from jaxherd.data.corpus import SPLITS, Corpus, load_corpus
 from jaxherd.data.lanes import mean_length, packed_lanes, streaming

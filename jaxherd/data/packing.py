@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from jaxherd.core.batch import BatchField, BatchSpec
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.batch import BatchField, BatchSpec
 from jaxherd.data.tokens import TokenStore
 
 Row = dict[str, np.ndarray]

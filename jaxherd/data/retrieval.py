@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxherd.core.batch import BatchSpec
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.data.batch import BatchSpec
 from jaxherd.data.corpus import SPLITS
 from jaxherd.data.packed_text import PackedText
 from jaxherd.data.packing import Row, empty_row, row_spec

@@ -95,7 +95,7 @@ class TfdsSource(Sequence[Any]):
             raise JaxherdError(
                 f"{str(self.folder)!r} is no prepared TFDS dataset: it has no dataset_info.json."
             )
-        builder = tfds.builder_from_directory(self.folder)
+        builder: Any = tfds.builder_from_directory(self.folder)
         known = list(builder.info.splits)
         base = re.split(r"[\[+]", self.split)[0]
         if base not in known:

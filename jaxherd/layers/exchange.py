@@ -1,11 +1,18 @@
-"""Rows travel to the devices that own their experts and back, dropping none.
+"""Rows travel to the devices that own their experts and back, dropping none, in bounded memory.
 
-Inside `shard_map`.  Axis letters: P devices of the expert axis, E experts, e = E / P experts of one
-device, R rows of one device, C = P R receive capacity (enough for any imbalance).
+Inside `shard_map`.  A device sends at most `quota` rows to each other device in one round; the
+number of rounds is counted at run time, so that any imbalance is served and a balanced load needs
+one.  The gradient goes through the same rounds and computes the experts again instead of keeping
+what they computed.
+
+Axis letters: P devices of the expert axis, E experts, e = E / P experts of one device, R rows of
+one device, C = P quota receive capacity.
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,90 +21,171 @@ from jaxherd.core.platform import platform
 from jaxherd.layers.permute import permute
 
 
-def exchange_rows(compute: Callable, rows_RD, sizes_E, axis: str):
-    """Return compute(rows, sizes) as if every device held all experts.
+def exchange_rows(
+    compute: Callable,
+    rows_RD: jax.Array,
+    sizes_E: jax.Array,
+    weights: Any,
+    axis: str,
+    *,
+    balance: float = 2.0,
+) -> jax.Array:
+    """Return what the experts make of the rows, as if every device held all experts.
 
     Args:
-      compute: maps (rows sorted by local expert with an arbitrary tail, sizes [e]) to rows.
+      compute: maps (rows sorted by local expert with an arbitrary tail, sizes [e], weights) to
+        rows; a function of module level or a `functools.partial` of one.
       rows_RD: sorted by expert.
       sizes_E: rows of each expert on this device; their sum is R.
+      weights: a pytree of the local experts' arrays.
       axis: mesh axis over which experts are split.
+      balance: one round serves pairs of devices with up to this many times the rows of a uniform
+        load; busier pairs take further rounds.
     """
     devices = jax.lax.axis_size(axis)
-    here = jax.lax.axis_index(axis)
-    experts = sizes_E.shape[0] // devices
+    rows = rows_RD.shape[0]
+    quota = max(1, min(rows, math.ceil(rows * balance / devices)))
     # sizes[p, q, e]: rows that device p holds for expert e of device q.
-    sizes_PPe = jax.lax.all_gather(sizes_E, axis).reshape(devices, devices, experts)
-    counts_PP = sizes_PPe.sum(axis=-1)
-    capacity = devices * rows_RD.shape[0]
-    arrived_CD = ragged_all_to_all(rows_RD, counts_PP, here, capacity, axis)
-    mine_Pe = sizes_PPe[:, here]
-    order_C, back_C, sizes_e = _regroup(mine_Pe, capacity)
-    computed_CD = compute(permute(arrived_CD, order_C, back_C), sizes_e)
-    returned_CD = permute(computed_CD, back_C, order_C)
-    return ragged_all_to_all(returned_CD, counts_PP.T, here, rows_RD.shape[0], axis)
+    sizes_PPe = jax.lax.all_gather(sizes_E, axis).reshape(devices, devices, -1)
+    return _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights)
 
 
-def _regroup(mine_Pe, capacity: int):
-    """Return the order (sender, expert) -> (expert, sender), its inverse, and the sizes."""
-    senders, experts = mine_Pe.shape
-    ends = jnp.cumsum(mine_Pe.reshape(-1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
+    def serve(number, y_RD):
+        plan = _Round(sizes_PPe, number, quota, axis)
+        return plan.combine(plan.local(compute, plan.dispatch(rows_RD), weights), y_RD)
+
+    return jax.lax.fori_loop(0, _rounds(sizes_PPe, quota), serve, jnp.zeros_like(rows_RD))
+
+
+def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
+    y_RD = _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights)
+    return y_RD, (rows_RD, sizes_PPe, weights)
+
+
+def _exchange_backward(compute, quota, axis, saved, dy_RD):
+    rows_RD, sizes_PPe, weights = saved
+
+    def serve(number, carry):
+        d_rows_RD, d_weights = carry
+        plan = _Round(sizes_PPe, number, quota, axis)
+        local = functools.partial(plan.local, compute)
+        _, pull = jax.vjp(local, plan.dispatch(rows_RD), weights)
+        d_arrived_CD, d_part = pull(plan.dispatch(dy_RD))
+        d_weights = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_weights, d_part)
+        return plan.combine(d_arrived_CD, d_rows_RD), d_weights
+
+    # Rounds add up in float32, whatever the weights are computed in.
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    d_rows_RD, d_weights = jax.lax.fori_loop(
+        0, _rounds(sizes_PPe, quota), serve, (jnp.zeros_like(rows_RD), zeros)
+    )
+    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+    return d_rows_RD, None, d_weights
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _rounds(sizes_PPe, quota: int):
+    """Return how many rounds the busiest pair of devices needs; the same on all devices."""
+    return (sizes_PPe.sum(axis=-1).max() + quota - 1) // quota
+
+
+class _Round:
+    """Who sends what where in one round."""
+
+    def __init__(self, sizes_PPe, number, quota: int, axis: str):
+        self._axis, self._here = axis, jax.lax.axis_index(axis)
+        devices = sizes_PPe.shape[0]
+        self._capacity = devices * quota
+        counts_PP = sizes_PPe.sum(axis=-1)
+        # Of the run from p to q this round takes rows [number quota, (number + 1) quota).
+        ends_PPe = jnp.cumsum(sizes_PPe, axis=-1)
+        taken_PPe = jnp.clip(ends_PPe - number * quota, 0, quota)
+        before_PPe = jnp.concatenate([jnp.zeros_like(taken_PPe[..., :1]), taken_PPe[..., :-1]], -1)
+        self._sizes_Pe = (taken_PPe - before_PPe)[:, self._here]
+        self._counts_PP = taken_PPe[..., -1]
+        self._from_PP = jnp.cumsum(counts_PP, axis=1) - counts_PP + number * quota
+        self._to_PP = jnp.cumsum(self._counts_PP, axis=0) - self._counts_PP
+        self._order_C, self._back_C = _regroup(self._sizes_Pe, self._capacity)
+
+    def dispatch(self, rows_RD):
+        """Return [C, D]: what arrives here, in order of sender; the tail is zero."""
+        out = jnp.zeros((self._capacity, rows_RD.shape[1]), rows_RD.dtype)
+        return _send(
+            rows_RD, out, self._from_PP, self._counts_PP, self._to_PP, self._here, self._axis
+        )
+
+    def combine(self, rows_CD, out_RD):
+        """Return `out_RD` with each row of this round sent back to its place."""
+        return _send(
+            rows_CD,
+            out_RD,
+            self._to_PP.T,
+            self._counts_PP.T,
+            self._from_PP.T,
+            self._here,
+            self._axis,
+        )
+
+    def local(self, compute, arrived_CD, weights):
+        """Return the experts' results for the rows that arrived, in their order."""
+        sorted_CD = permute(arrived_CD, self._order_C, self._back_C)
+        computed_CD = compute(sorted_CD, self._sizes_Pe.sum(axis=0), weights)
+        return permute(computed_CD, self._back_C, self._order_C)
+
+
+def _regroup(sizes_Pe, capacity: int):
+    """Return the order (sender, expert) -> (expert, sender) of received rows, and its inverse."""
+    senders, experts = sizes_Pe.shape
+    ends = jnp.cumsum(sizes_Pe.reshape(-1))
     block_C = jnp.searchsorted(ends, jnp.arange(capacity), side="right")
     expert_C = jnp.where(block_C < senders * experts, block_C % experts, experts)
     order_C = jnp.argsort(expert_C, stable=True)
-    return order_C, jnp.argsort(order_C), mine_Pe.sum(axis=0)
+    return order_C, jnp.argsort(order_C)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def ragged_all_to_all(rows_RD, counts_PP, here, capacity: int, axis: str):
-    """Send consecutive runs of rows to each device; return what arrived, in order of sender.
+def _send(rows, out, from_PP, counts_PP, to_PP, here, axis: str):
+    """Return `out` with the runs of all devices written into it.
 
     Args:
-      rows_RD: rows for device 0, then for device 1, and so on.
-      counts_PP: counts[p, q] rows go from device p to device q; the same on all devices.
+      rows: this device's rows.
+      out: this device's result, kept where nothing is written.
+      from_PP: from[p, q] is where the run for device q starts among device p's rows.
+      counts_PP: counts[p, q] rows go from device p to device q.
+      to_PP: to[p, q] is where the run of device p starts in device q's result.
       here: this device's index along `axis`.
-      capacity: rows of the result; those past the received ones are zero.
     """
-    return _send(rows_RD, counts_PP, here, capacity, axis)
-
-
-def _send(rows_RD, counts_PP, here, capacity, axis):
-    sent_P, received_P = counts_PP[here], counts_PP[:, here]
-    starts_P = jnp.cumsum(sent_P) - sent_P
-    # Where my run starts in the result of each receiver: after the runs of lower senders.
-    before_PP = jnp.cumsum(counts_PP, axis=0) - counts_PP
-    out = jnp.zeros((capacity, rows_RD.shape[1]), rows_RD.dtype)
     exchange = _native if platform() == "tpu" else _padded
-    return exchange(rows_RD, out, starts_P, sent_P, before_PP[here], received_P, axis)
+    return exchange(
+        rows,
+        out,
+        from_PP[here],
+        counts_PP[here],
+        to_PP[here],
+        counts_PP[:, here],
+        to_PP,
+        here,
+        axis,
+    )
 
 
-def _native(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, axis):
+def _native(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, to_PP, here, axis):
     return jax.lax.ragged_all_to_all(
         rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axis
     )
 
 
-def _padded(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, axis):
+def _padded(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, to_PP, here, axis):
     """Give each pair of devices a full-size box: for platforms without a ragged collective."""
     # A run between two devices is no longer than what either of them holds.
-    slot_R = jnp.arange(min(rows.shape[0], out.shape[0]))
-    index_PR = jnp.minimum(input_offsets[:, None] + slot_R, rows.shape[0] - 1)
-    boxes = jnp.take(rows, index_PR, axis=0)
-    boxes = jnp.where((slot_R < send_sizes[:, None])[..., None], boxes, 0)
-    arrived_PRD = jax.lax.all_to_all(boxes, axis, split_axis=0, concat_axis=0, tiled=True)
-    starts_P = jnp.cumsum(recv_sizes) - recv_sizes
-    target_PR = jnp.where(slot_R < recv_sizes[:, None], starts_P[:, None] + slot_R, out.shape[0])
-    return out.at[target_PR.reshape(-1)].set(arrived_PRD.reshape(-1, rows.shape[1]), mode="drop")
-
-
-def _send_forward(rows_RD, counts_PP, here, capacity, axis):
-    out = _send(rows_RD, counts_PP, here, capacity, axis)
-    return out, (counts_PP, here, rows_RD.shape[0])
-
-
-def _send_backward(capacity, axis, saved, d_out):
-    counts_PP, here, rows = saved
-    return _send(d_out, counts_PP.T, here, rows, axis), None, None
-
-
-ragged_all_to_all.defvjp(_send_forward, _send_backward)
+    slot = jnp.arange(min(rows.shape[0], out.shape[0]))
+    index_PS = jnp.minimum(input_offsets[:, None] + slot, rows.shape[0] - 1)
+    boxes = jnp.take(rows, index_PS, axis=0)
+    boxes = jnp.where((slot < send_sizes[:, None])[..., None], boxes, 0)
+    arrived_PSD = jax.lax.all_to_all(boxes, axis, split_axis=0, concat_axis=0, tiled=True)
+    starts_P1 = to_PP[:, here][:, None]
+    target_PS = jnp.where(slot < recv_sizes[:, None], starts_P1 + slot, out.shape[0])
+    return out.at[target_PS.reshape(-1)].set(arrived_PSD.reshape(-1, rows.shape[1]), mode="drop")

@@ -5,6 +5,7 @@ k experts a token, R = N k rows.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -36,6 +37,8 @@ class MoeConfig:
       selection_bias: keep an untrained bias that is added for the choice of experts only; a
         training recipe may update it to balance the load (llama4.md section 3: not Meta's
         disclosed recipe).
+      exchange_balance: with experts on several devices, how uneven a load one round of the
+        exchange serves (`jaxherd.layers.exchange`); no setting drops a token.
 
     Source: llama4.md section 3.
     """
@@ -48,6 +51,7 @@ class MoeConfig:
     scale: Literal["input", "output"] = "input"
     renormalize: bool = False
     selection_bias: bool = False
+    exchange_balance: float = 2.0
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.num_experts:
@@ -234,19 +238,28 @@ def _experts_of_device(
         rows_RD = rows_RD * sorted_gate_R1
     sizes_E = jnp.bincount(expert_R, length=config.num_experts).astype(jnp.int32)
 
-    def compute(rows, sizes):
-        def product(a, w):
-            return grouped_matmul(a, w, sizes, implementation=implementation)
-
-        return product(jax.nn.silu(product(rows, gate_EDF)) * product(rows, up_EDF), down_EFD)
-
+    compute = functools.partial(_swiglu_experts, implementation)
+    weights = (gate_EDF, up_EDF, down_EFD)
     if expert_axis is None:
-        out_RD = compute(rows_RD, sizes_E)
+        out_RD = compute(rows_RD, sizes_E, weights)
     else:
-        out_RD = exchange_rows(compute, rows_RD, sizes_E, expert_axis)
+        out_RD = exchange_rows(
+            compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance
+        )
     if tensor_axes:
         out_RD = jax.lax.psum(out_RD, tensor_axes)
     if config.scale == "output":
         out_RD = out_RD * sorted_gate_R1
     out_NkD = rearrange(permute(out_RD, back_R, order_R), "(N k) D -> N k D", k=config.top_k)
     return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)
+
+
+def _swiglu_experts(implementation, rows_RD, sizes_E, weights):
+    """Return (silu(x W_gate) * x W_up) W_down of each row's expert; rows are sorted by expert."""
+    gate_EDF, up_EDF, down_EFD = weights
+
+    def product(a, w):
+        return grouped_matmul(a, w, sizes_E, implementation=implementation)
+
+    hidden_RF = jax.nn.silu(product(rows_RD, gate_EDF)) * product(rows_RD, up_EDF)
+    return product(hidden_RF, down_EFD)

@@ -9,9 +9,8 @@ Axis letters: B batch, T time, N heads, H head size, h = H / 2.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -155,12 +154,12 @@ def rotate(
     return jnp.concatenate(parts, axis=-1).astype(x_BTNH.dtype)
 
 
-def interleaved_to_half(rows: np.ndarray | jax.Array, head_dim: int, axis: int = 0):
+def interleaved_to_half(rows: Any, head_dim: int, axis: int = 0) -> Any:
     """Reorder flattened heads along `axis` from pairs (2m, 2m+1) to pairs (m, m + H/2)."""
     return _regroup(rows, axis, (head_dim // 2, 2))
 
 
-def half_to_interleaved(rows: np.ndarray | jax.Array, head_dim: int, axis: int = 0):
+def half_to_interleaved(rows: Any, head_dim: int, axis: int = 0) -> Any:
     """Invert `interleaved_to_half`."""
     return _regroup(rows, axis, (2, head_dim // 2))
 

@@ -13,7 +13,8 @@ Axis letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.layers.linear import Embedding, Linear, RMSNorm, residual
 from jaxherd.layers.moe import Moe, MoeConfig, RouterStats
-from jaxherd.models.periods import Segment, find_segments, locate
+from jaxherd.models.periods import Run, Segment, find_segments, locate, stacked_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +130,17 @@ class DecoderConfig:
     def segments(self) -> tuple[Segment, ...]:
         """Return the runs of periodic layers that are scanned."""
         if not self.scan_layers:
-            return tuple(Segment((layer,), 1) for layer in self.layers)
+            return tuple(Segment((Run(layer, 1),), 1) for layer in self.layers)
         return find_segments(self.layers)
+
+    def routed_layers(self) -> list[list[int]]:
+        """Return the layers behind each entry of `DecoderOutput.router`, in stack order."""
+        segments, found = self.segments(), []
+        for s, segment in enumerate(segments):
+            for r, run in enumerate(segment.runs):
+                if isinstance(run.layer.feed_forward, MoeConfig):
+                    found += [stacked_layers(segments, s, r)] * self.uses
+        return found * self.passes
 
     @property
     def passes(self) -> int:
@@ -151,7 +161,7 @@ class DecoderOutput:
     Attributes:
       hidden_BTD: after the final norm.
       cache: with the new tokens, when one was given.
-      router: one `RouterStats` for each scanned block that routes, leading axes (uses, repeats).
+      router: one `RouterStats` for each run that routes (and each use), stacked over its layers.
     """
 
     hidden_BTD: jax.Array
@@ -159,7 +169,7 @@ class DecoderOutput:
     router: tuple[RouterStats, ...]
 
 
-# cache[pass][segment][block][use]: a `LayerCache` stacked over the segment's repetitions.
+# cache[pass][segment][run][use]: a `LayerCache` stacked over the run's layers.
 DecoderCache = tuple[tuple[tuple[tuple[LayerCache, ...], ...], ...], ...]
 
 
@@ -175,8 +185,12 @@ class Block(Module):
         self.attention_norm = RMSNorm(d, model.norm_eps)
         self.attention = Attention(config.attention, d, key=a, std=std, out_std=out_std)
         self.feed_forward_norm = RMSNorm(d, model.norm_eps)
-        kind = Moe if isinstance(config.feed_forward, MoeConfig) else FeedForward
-        self.feed_forward = kind(config.feed_forward, d, key=f, std=std, out_std=out_std)
+        part = config.feed_forward
+        self.feed_forward = (
+            Moe(part, d, key=f, std=std, out_std=out_std)
+            if isinstance(part, MoeConfig)
+            else FeedForward(part, d, key=f, std=std, out_std=out_std)
+        )
 
     def __call__(
         self,
@@ -218,11 +232,15 @@ class Decoder(Module):
         self.embedding = Embedding(config.vocab_size, d, key=e, std=config.init_std)
         segments = []
         for index, segment in enumerate(config.segments()):
-            keys = jax.random.split(jax.random.fold_in(b, index), len(segment.pattern))
+            keys = jax.random.split(jax.random.fold_in(b, index), len(segment.runs))
             segments.append(
                 ModuleList(
-                    stacked(lambda k, c=layer: Block(c, config, key=k), key_of, segment.count)
-                    for layer, key_of in zip(segment.pattern, keys)
+                    stacked(
+                        lambda k, c=run.layer: Block(c, config, key=k),
+                        key_of,
+                        segment.count * run.length,
+                    )
+                    for run, key_of in zip(segment.runs, keys)
                 )
             )
         self.segments = ModuleList(segments)
@@ -292,40 +310,59 @@ class Decoder(Module):
         return DecoderOutput(hidden_BTD, tuple(new_cache) if cache else None, tuple(stats))
 
     def _run_segment(self, index, x_BTD, info, cache, backwards, cache_is_empty, remat):
-        """Scan over the repetitions of a segment; returns (x, its cache, its statistics)."""
-        config, blocks = self.config, tuple(self.segments[index])
-        empty = ((None,) * config.uses,) * len(blocks)
+        """Scan over the repetitions of a segment; returns (x, its cache, its statistics).
 
-        def body(x, scanned):
-            blocks, caches = scanned
-            new, stats = {}, []
-            for number in _ordered(range(len(blocks)), backwards):
-                uses = []
-                for use in range(config.uses):
-                    x, written, seen = blocks[number](
-                        x, info, caches[number][use], config, cache_is_empty
-                    )
-                    uses.append(written)
-                    stats.append(seen)
-                new[number] = tuple(uses)
-            ordered = tuple(new[number] for number in range(len(blocks)))
-            return x, (ordered, tuple(s for s in stats if s is not None))
+        Within a repetition each run is a scan of its own, so that every kind of layer compiles
+        once; `remat` applies to single layers.
+        """
+        config, segment = self.config, self.config.segments()[index]
+        empty = ((None,) * config.uses,) * len(segment.runs)
 
-        body = checkpointed(body, remat)
-        scanned = (blocks, cache if cache is not None else empty)
-        if config.segments()[index].count > 1:
-            x_BTD, (new, stats) = jax.lax.scan(body, x_BTD, scanned, reverse=backwards)
-            return x_BTD, new, stats
-        # A single repetition needs no loop; its arrays stay where they are.
-        x_BTD, outputs = body(x_BTD, jax.tree.map(lambda leaf: leaf[0], scanned))
-        new, stats = jax.tree.map(lambda leaf: leaf[None], outputs)
-        return x_BTD, new, stats
+        def layer(x, scanned):
+            block, caches = scanned
+            written, stats = [], []
+            for given in caches:
+                x, new, seen = block(x, info, given, config, cache_is_empty)
+                written.append(new)
+                stats.append(seen)
+            return x, (tuple(written), tuple(s for s in stats if s is not None))
+
+        def repetition(x, scanned):
+            outputs = {}
+            for number in _ordered(range(len(segment.runs)), backwards):
+                x, outputs[number] = _scan(
+                    checkpointed(layer, remat),
+                    x,
+                    (scanned[0][number], scanned[1][number]),
+                    segment.runs[number].length,
+                    backwards,
+                )
+            return x, tuple(outputs[number] for number in range(len(segment.runs)))
+
+        # A stack of count * length layers is seen as [count, length, ...].
+        given = cache if cache is not None else empty
+        folded = (
+            tuple(_fold(b, segment, n) for n, b in enumerate(self.segments[index])),
+            tuple(_fold(c, segment, n) for n, c in enumerate(given)),
+        )
+        x_BTD, outputs = _scan(repetition, x_BTD, folded, segment.count, backwards)
+        flat = [_unfold(output) for output in outputs]
+        return x_BTD, tuple(o[0] for o in flat), tuple(s for o in flat for s in o[1])
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return float32 logits of hidden states."""
+        score, head = self.head()
+        return score(head, hidden)
+
+    def head(self) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+        """Return (score, head): `score(head, hidden)` gives float32 logits.
+
+        The head is the module that owns the output projection, so that a loss can gather its
+        arrays once and differentiate through them.
+        """
         if self.unembedding is None:
-            return self.embedding.attend(hidden).astype(jnp.float32)
-        return self.unembedding(hidden).astype(jnp.float32)
+            return _score_tied, self.embedding
+        return _score_untied, self.unembedding
 
     def init_cache(self, batch: int, max_length: int, dtype=None) -> DecoderCache:
         """Return an empty cache for sequences of up to `max_length` tokens.
@@ -335,21 +372,46 @@ class Decoder(Module):
         """
         dtype = self.embedding.table[...].dtype if dtype is None else dtype
 
-        def of_block(layer: LayerConfig, count: int):
-            a = layer.attention
-            capacity = a.cache_capacity(max_length)
+        def of_run(run: Run, count: int):
+            a = run.layer.attention
+            stack, capacity = (count * run.length,), a.cache_capacity(max_length)
             return tuple(
-                LayerCache.empty((count,), batch, capacity, a.num_kv_heads, a.head_dim, dtype)
+                LayerCache.empty(stack, batch, capacity, a.num_kv_heads, a.head_dim, dtype)
                 for _ in range(self.config.uses)
             )
 
         def of_pass():
             return tuple(
-                tuple(of_block(layer, segment.count) for layer in segment.pattern)
+                tuple(of_run(run, segment.count) for run in segment.runs)
                 for segment in self.config.segments()
             )
 
         return tuple(of_pass() for _ in range(self.config.passes))
+
+
+def _score_tied(head: Embedding, hidden: jax.Array) -> jax.Array:
+    return head.attend(hidden).astype(jnp.float32)
+
+
+def _score_untied(head: Linear, hidden: jax.Array) -> jax.Array:
+    return head(hidden).astype(jnp.float32)
+
+
+def _scan(body, x, stacked_tree, length: int, backwards: bool):
+    """Scan over the leading axis; an axis of one needs no loop and leaves its arrays in place."""
+    if length > 1:
+        return jax.lax.scan(body, x, stacked_tree, reverse=backwards)
+    x, output = body(x, jax.tree.map(lambda leaf: leaf[0], stacked_tree))
+    return x, jax.tree.map(lambda leaf: leaf[None], output)
+
+
+def _fold(tree, segment: Segment, run: int):
+    shape = (segment.count, segment.runs[run].length)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), tree)
+
+
+def _unfold(tree):
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def _ordered(numbers: range, backwards: bool) -> list[int]:
@@ -361,7 +423,7 @@ def restack(module: Decoder, *, scan_layers: bool) -> Decoder:
 
     Values are copied, not changed; logits are the same up to the order of float additions.
     """
-    old = module.config.segments()
+    places = locate(module.config.segments())
     config = dataclasses.replace(module.config, scan_layers=scan_layers)
     definition, params, buffers = split(abstract(config.build, jax.random.key(0)))
     _, old_params, old_buffers = split(module)
@@ -372,12 +434,11 @@ def restack(module: Decoder, *, scan_layers: bool) -> Decoder:
             if not name.startswith("segments/"):
                 new[name] = source_of[name]
                 continue
-            _, index, block, rest = name.split("/", 3)
-            first = sum(s.length for s in config.segments()[: int(index)]) + int(block)
-            segment, pieces = config.segments()[int(index)], []
-            for repetition in range(segment.count):
-                s, b, r = locate(old, first + repetition * len(segment.pattern))
-                pieces.append(source_of[f"segments/{s}/{b}/{rest}"][r])
+            _, index, run, rest = name.split("/", 3)
+            pieces = []
+            for layer in stacked_layers(config.segments(), int(index), int(run)):
+                s, r, place = places[layer]
+                pieces.append(source_of[f"segments/{s}/{r}/{rest}"][place])
             new[name] = jnp.stack(pieces)
         return unflatten(new)
 

@@ -5,6 +5,7 @@ Sources: llama4.md section 1; mobilellm.md section 2; mobilellm-pro.md section 1
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
@@ -60,7 +61,7 @@ def llama4_text(
     chunk_size: int = 8192,
     qk_norm: bool = True,
     rope: RopeConfig | None = None,
-    rope_positions: str = "absolute",
+    rope_positions: Literal["absolute", "chunk_relative"] = "absolute",
     temperature: TemperatureTuning | None = TemperatureTuning(),
     norm_eps: float = 1e-5,
     attention_bias: bool = False,
@@ -80,7 +81,7 @@ def llama4_text(
         nope_layers = tuple(i for i in range(num_layers) if (i + 1) % nope_interval == 0)
     if moe_layers is None:
         moe_layers = tuple(i for i in range(num_layers) if (i + 1) % moe_step == 0)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -92,7 +93,7 @@ def llama4_text(
         kind="chunked",
         size=chunk_size,
         rope=rope,
-        rope_positions=rope_positions,  # pyright: ignore[reportArgumentType]
+        rope_positions=rope_positions,
         qk_norm="unit_after_rope" if qk_norm else "none",
         **shared,
     )

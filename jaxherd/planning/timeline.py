@@ -246,6 +246,10 @@ class _Walker:
         )
         operands = [holder.by_name[n] for n in inner.operands if n in holder.by_name]
         size = sum(operand.bytes for operand in operands)
+        if op == "ragged-all-to-all" and len(operands) >= 2:
+            # How much is sent is known at run time only: a balanced load fills the smaller of
+            # what is held and what is received into.
+            size = min(operands[0].bytes, operands[1].bytes)
         if not size:
             size = inner.bytes
         # A fusion of an all-reduce with the slice this device keeps is a reduce-scatter.

@@ -6,6 +6,7 @@ one before it.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +38,19 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1 as ocp
 
-        policies = [ocp.training.preservation_policies.LatestN(keep)]
+        logging.getLogger("absl").addFilter(_is_news)
+        policies: list[Any] = [ocp.training.preservation_policies.LatestN(keep)]
         if keep_every is not None:
             policies.append(ocp.training.preservation_policies.EveryNSteps(keep_every))
         self._folder, self._say = folder.absolute(), say
         self._manifests = self._folder.parent / "manifests"
         self._pending: int | None = None
+        keeping: Any = ocp.training.preservation_policies.AnyPreservationPolicy(policies)
+        saving: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            self._folder,
-            preservation_policy=ocp.training.preservation_policies.AnyPreservationPolicy(policies),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(self._folder),
+            preservation_policy=keeping,
+            save_decision_policy=saving,
             cleanup_tmp_directories=True,
         )
 
@@ -103,19 +107,25 @@ class Checkpoints:
         Raises:
           JaxherdError: checkpoints exist but none can be read, or they hold another model.
         """
+
+        def read(step: int) -> tuple[Any, Any]:
+            self._check_shapes(step, abstract_state)
+            return self._load(step, abstract_state)
+
+        restored = self._newest(read)
+        return None if restored is None else (restored[0], *restored[1])
+
+    def _newest(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         steps = self.steps()
-        failures = []
         for step in reversed(steps):
             damage = self._damage(step)
             if damage is None:
                 try:
-                    self._check_shapes(step, abstract_state)
-                    return step, *self._load(step, abstract_state)
+                    return step, read(step)
                 except JaxherdError:
                     raise
                 except Exception as error:  # whatever the reader makes of broken files
                     damage = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            failures.append(step)
             self._say(f"checkpoint {step} is damaged ({damage}); trying the one before it.")
         if steps:
             raise JaxherdError(
@@ -124,11 +134,28 @@ class Checkpoints:
             )
         return None
 
+    def restore_params(self, abstract_params: Any) -> Any | None:
+        """Return the parameters alone of the newest sound checkpoint, or None if there is none.
+
+        Whatever optimiser the run had: its state is not read.
+
+        Args:
+          abstract_params: shapes, dtypes and shardings of the result.
+        Raises:
+          JaxherdError: as for `restore`.
+        """
+        restored = self._newest(lambda step: self._load_params(step, abstract_params))
+        return None if restored is None else restored[1]
+
     def discard_after(self, step: int) -> None:
         """Delete checkpoints newer than `step` (damaged ones that a resumed run will redo)."""
         for other in self.steps():
             if other > step and jax.process_index() == 0:
                 shutil.rmtree(self._step_folder(other), ignore_errors=True)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints are gone")
         self._checkpointer.reload()
 
     def close(self) -> None:
@@ -140,8 +167,8 @@ class Checkpoints:
 
     def _load(self, step: int, abstract_state: Any) -> tuple[Any, Any]:
         loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
-        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        positions = (metadata or {})["positions"]
+        metadata: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        positions = metadata["positions"]
         if len(positions) != jax.process_count():
             raise JaxherdError(
                 f"checkpoint {step} in {self._folder} holds data positions of {len(positions)} "
@@ -149,8 +176,20 @@ class Checkpoints:
             )
         return loaded["state"], positions[jax.process_index()]
 
-    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+    def _load_params(self, step: int, abstract_params: Any) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        self._check_shapes(step, {"params": abstract_params}, part="params")
+        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+            path = self._step_folder(step)
+            wanted = {"state": {"params": abstract_params}}
+            return ocp.load_checkpointables(path, wanted)["state"]["params"]
+
+    def _check_shapes(self, step: int, abstract_state: Any, part: str = "") -> None:
         stored = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        if part:
+            stored = {part: stored[part]}
         found = {_path(p): tuple(leaf.shape) for p, leaf in _leaves(stored)}
         wanted = {_path(p): tuple(leaf.shape) for p, leaf in _leaves(abstract_state)}
         wrong = [
@@ -216,6 +255,13 @@ class Checkpoints:
         while not path.exists():
             path = path.parent
         return path
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop tracebacks of Orbax's threads from the log: the errors reach us, and are told once."""
+    return record.exc_info is None and not (
+        record.levelno >= logging.ERROR and "orbax" in record.pathname
+    )
 
 
 def _gather(position: Any) -> list[Any]:

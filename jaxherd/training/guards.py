@@ -5,7 +5,7 @@ own state is part of the train state, so that a resumed run guards alike.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,15 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GuardState:
-    """Running mean and variance of the loss, accepted steps, and skipped steps in a row."""
+    """Running mean and variance of the loss, accepted steps, and skipped steps in a row.
 
-    mean: jax.Array
-    variance: jax.Array
-    accepted: jax.Array
-    skipped_in_a_row: jax.Array
+    Scalars; as part of a train state also their shapes or shardings.
+    """
+
+    mean: Any
+    variance: Any
+    accepted: Any
+    skipped_in_a_row: Any
 
     @classmethod
     def create(cls) -> "GuardState":

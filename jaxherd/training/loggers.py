@@ -6,13 +6,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError, missing_extra
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes one record of numbers a call."""
 
@@ -29,7 +30,8 @@ class JsonLines:
     """One JSON object a line: `{"kind", "step", name: value, ...}`; arrays become lists.
 
     On opening, records after `resume_step` and a line cut short by a kill are removed, so that
-    the file always tells one uninterrupted run.
+    the file always tells one uninterrupted run.  A record that is already there is not repeated:
+    a run that was killed after its last checkpoint evaluates again, to the same numbers.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0):
@@ -40,10 +42,13 @@ class JsonLines:
         with open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
         os.replace(partial, path)
+        self._written = {(record["kind"], record["step"]) for record in kept}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's length)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one record."""
+        if (kind, step) in self._written:
+            return
         record = {"kind": kind, "step": step, **{k: _plain(v) for k, v in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

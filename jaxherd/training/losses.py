@@ -1,14 +1,17 @@
 """Cross-entropy over a vocabulary without ever holding all logits.
 
-Axis letters: B batch, T tokens, D width, V vocabulary, c tokens of a chunk, n chunks.
+Axis letters: B batch, T tokens, D width, V vocabulary, n chunks.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxherd.core import sharding
 
 # A chunk's float32 logits take at most this many bytes on one device.
 CHUNK_BYTES = 1 << 28
@@ -48,14 +51,14 @@ token_nll.defvjp(_nll_forward, _nll_backward)
 
 
 def chunked_cross_entropy(
-    unembed: Callable[[jax.Array], jax.Array],
+    score: Callable[[Any, jax.Array], jax.Array],
+    head: Any,
     hidden_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
     vocab_size: int,
     z_loss: float = 0.0,
-    shards: int = 1,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Return (sum of weighted loss, sum of weighted -log p, sum of weights).
@@ -63,37 +66,101 @@ def chunked_cross_entropy(
     loss = -log p(target) + z_loss * logsumexp(logits)^2.
 
     Logits are formed for a part of the positions at a time and formed again for the gradient, so
-    that [B, T, V] never exists; where one chunk is enough they are kept.
+    that [B, T, V] never exists; where one chunk is enough they are kept.  On a mesh every device
+    goes through its own positions with the head gathered once, and its gradient is summed in
+    float32 over the chunks before it crosses the links once.
 
     Args:
-      unembed: maps hidden states to float32 logits.
+      score: maps (head, hidden states) to float32 logits.
+      head: the arrays of the output projection, any pytree.
       hidden_BTD, targets_BT, weights_BT: positions of weight 0 do not count.
       vocab_size: V, to size the chunks.
       z_loss: weight of the squared log-normaliser.
-      shards: devices over which [B, T] is split.
       chunk_bytes: most bytes of logits on one device.
     """
-    batch, length = targets_BT.shape
-    chunks = _chunks(batch * length * vocab_size * 4 / shards, length, chunk_bytes)
 
-    def one(hidden, targets, weights):
-        nll, log_z = token_nll(unembed(hidden), targets)
-        total = (weights * nll).sum()
-        return jnp.stack([total + z_loss * (weights * log_z**2).sum(), total, weights.sum()])
+    def local(head, hidden, targets, weights):
+        return _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights)
 
-    if chunks == 1:
-        return tuple(one(hidden_BTD, targets_BT, weights_BT))
+    partitioner = sharding.active()
+    split = partitioner is not None and partitioner.mesh.size > 1
+    if not split or partitioner.mesh_axes("act_vocab"):
+        # One device, or a vocabulary that is itself split, which XLA's partitioner handles.
+        return tuple(local(head, hidden_BTD, targets_BT, weights_BT))
+    rows = partitioner.spec(("batch", "length"))
+    axes = partitioner.mesh_axes("batch") + partitioner.mesh_axes("length")
 
-    # Chunk j takes positions j, j + n, ...: every device keeps its own part of a sharded length.
-    def strided(x):
-        return jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *x.shape[2:]), 2, 0)
+    def on_device(head, hidden, targets, weights):
+        return jax.lax.psum(local(head, hidden, targets, weights), axes)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    whole = jax.sharding.PartitionSpec()
+    sums = jax.shard_map(
+        on_device,
+        mesh=partitioner.mesh,
+        in_specs=(whole, partitioner.spec(("batch", "length", None)), rows, rows),
+        out_specs=whole,
+        check_vma=False,
+    )(head, hidden_BTD, targets_BT, weights_BT)
+    return tuple(sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights):
+    """Return [loss, -log p, weight] summed over all positions given."""
+    parts = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+
     def body(total, chunk):
-        return total + one(*chunk), None
+        return total + _sums(score, z_loss, head, *chunk), None
 
-    parts = (strided(hidden_BTD), strided(targets_BT), strided(weights_BT))
-    return tuple(jax.lax.scan(body, jnp.zeros(3), parts)[0])
+    return jax.lax.scan(body, jnp.zeros(3), parts)[0]
+
+
+def _sums(score, z_loss, head, hidden, targets, weights):
+    nll, log_z = token_nll(score(head, hidden), targets)
+    total = (weights * nll).sum()
+    return jnp.stack([total + z_loss * (weights * log_z**2).sum(), total, weights.sum()])
+
+
+def _strided(vocab_size, chunk_bytes, *arrays):
+    """Cut [B, T, ...] to [n, B, T / n, ...]; chunk j holds positions j, j + n, ..."""
+    batch, length = arrays[0].shape[:2]
+    chunks = _chunks(batch * length * vocab_size * 4, length, chunk_bytes)
+    return tuple(
+        jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *x.shape[2:]), 2, 0) for x in arrays
+    )
+
+
+def _chunked_forward(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights):
+    batch, length = targets.shape
+    if _chunks(batch * length * vocab_size * 4, length, chunk_bytes) == 1:
+        # Everything fits: keep what the gradient needs instead of forming logits again.
+        sums, pull = jax.vjp(
+            lambda o, h: _sums(score, z_loss, o, h, targets, weights), head, hidden
+        )
+        return sums, pull
+    sums = _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights)
+    return sums, (head, hidden, targets, weights)
+
+
+def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, saved, d_sums):
+    if callable(saved):
+        return (*saved(d_sums), None, None)
+    head, hidden, targets, weights = saved
+    parts = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+
+    def body(total, chunk):
+        part, *rest = chunk
+        _, pull = jax.vjp(lambda o, h: _sums(score, z_loss, o, h, *rest), head, part)
+        d_head, d_part = pull(d_sums)
+        return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, d_head), d_part
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    total, d_parts = jax.lax.scan(body, start, parts)
+    d_head = jax.tree.map(lambda t, x: t.astype(x.dtype), total, head)
+    return d_head, jnp.moveaxis(d_parts, 0, 2).reshape(hidden.shape), None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _chunks(total_bytes: float, length: int, chunk_bytes: int) -> int:

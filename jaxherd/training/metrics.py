@@ -24,6 +24,7 @@ def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
     """Return sum / weight of every metric on the host; NaN where nothing was counted."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            name: np.asarray(total, np.float64) / np.asarray(weight, np.float64)
+            # Dividing arrays without dimensions gives NumPy scalars.
+            name: np.asarray(np.asarray(total, np.float64) / np.asarray(weight, np.float64))
             for name, (total, weight) in metrics.items()
         }

@@ -7,18 +7,19 @@ objective may define `update_buffers(buffers, metrics)`, which runs once after e
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from jaxherd.core import sharding
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Tree, flatten, unflatten
 from jaxherd.training import balance
 from jaxherd.training.losses import chunked_cross_entropy
 from jaxherd.training.metrics import Metrics, pair
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Anything that gives a scalar to minimise and metrics to log."""
 
@@ -60,16 +61,16 @@ class NextToken:
             segment_ids=batch.get("segment_ids"),
             remat=self.remat,
         )
-        partitioner = sharding.active()
+        score, head = model.head()
         weights = batch["loss_weights"]
         loss_sum, nll_sum, weight = chunked_cross_entropy(
-            model.unembed,
+            score,
+            head,
             output.hidden_BTD,
             batch["targets"],
             weights,
             vocab_size=model.config.vocab_size,
             z_loss=self.z_loss,
-            shards=1 if partitioner is None else partitioner.mesh.size,
         )
         loss = loss_sum / jnp.maximum(weight, 1.0)
         target_bytes = (batch["target_bytes"] * (weights > 0)).sum()
@@ -110,6 +111,12 @@ class NextToken:
             (name for name in flat if name.endswith("selection_bias")),
             key=lambda name: [int(part) for part in name.split("/") if part.isdigit()],
         )
+        routers = [name for name in metrics if name.startswith("expert_load/")]
+        if len(names) != len(routers):
+            raise JaxherdError(
+                f"balancing 'bias_update' found {len(names)} selection biases for {len(routers)} "
+                "uses of routers: set selection_bias=True in every routed layer, and repeats=1."
+            )
         for index, name in enumerate(names):
             load = metrics[f"expert_load/{index}"][0]
             flat[name] = balance.bias_step(flat[name], load, self.balancing_weight)

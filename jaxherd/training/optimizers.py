@@ -38,6 +38,7 @@ class Schedule:
                 f"{total_steps} steps; lower one or raise the other."
             )
         left = max(total_steps - self.warmup_steps, 1)
+        after: Any
         if self.kind == "cosine":
             after = optax.cosine_decay_schedule(self.peak, left, alpha=self.final)
         elif self.kind == "linear":
@@ -47,9 +48,7 @@ class Schedule:
             after = optax.linear_schedule(self.peak, self.peak * self.final, fall, left - fall)
         elif self.kind == "inverse_sqrt":
             scale = max(self.warmup_steps, 1)
-
-            def after(step):
-                return self.peak * jnp.sqrt(scale / (scale + step))
+            after = lambda step: self.peak * jnp.sqrt(scale / (scale + step))  # noqa: E731
         else:
             after = optax.constant_schedule(self.peak)
         if self.warmup_steps == 0:

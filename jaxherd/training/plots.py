@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxherd.core.errors import missing_extra
 
+Values = Sequence[int | float] | np.ndarray
+
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5a9e", "#e0912f", "#4d4d4d")
 
 
@@ -40,7 +42,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def curves(
     path: Path,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Values, Values]],
     *,
     x_label: str,
     y_label: str,

@@ -21,7 +21,7 @@ class Progress:
         self._bar, self._task = None, None
         self._lines = not quiet and not sys.stderr.isatty()
         self._last_line = time.monotonic()
-        self._seen: list[tuple[float, int, float]] = [(time.monotonic(), start, 0.0)]
+        self._seen: list[tuple[float, int, int | float]] = [(time.monotonic(), start, 0.0)]
         if quiet or self._lines:
             return
         from rich import progress
@@ -39,7 +39,7 @@ class Progress:
         )
         self._bar.start()
 
-    def update(self, step: int, amount: float, loss: float) -> None:
+    def update(self, step: int, amount: int | float, loss: float) -> None:
         """Show that `step` steps are done; `amount` units were processed in this one."""
         now = time.monotonic()
         done = self._seen[-1][2] + amount
@@ -49,7 +49,7 @@ class Progress:
         seconds = max(now - first[0], 1e-9)
         rate = (done - first[2]) / seconds
         left = (self._total - step) * seconds / max(step - first[1], 1)
-        fields = {
+        fields: dict[str, Any] = {
             "loss": f"{loss:.3f}",
             "speed": f"{_short(rate)} {self._unit}/s",
             "eta": f"{int(left) // 60}:{int(left) % 60:02d}",
@@ -84,7 +84,7 @@ class Progress:
         self.close()
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
             return f"{number / limit:.1f}{suffix}"

@@ -28,7 +28,8 @@ def stage_report(stage: Any, folder: Path) -> str:
         return "\n".join(lines)
     if importlib.util.find_spec("matplotlib") is None:
         return "\n".join([*lines, "Plots need `pip install 'jaxherd[report]'`.", ""])
-    for title, name in _draw(train, held_out, folder):
+    layers = stage.model.routed_layers() if hasattr(stage.model, "routed_layers") else []
+    for title, name in _draw(train, held_out, folder, layers):
         lines += [f"![{title}]({folder.name}/plots/{name})", ""]
     return "\n".join([*lines, *_samples(folder)])
 
@@ -47,15 +48,17 @@ def _table(train: list[dict], held_out: list[dict]) -> list[str]:
     return [*rows, ""]
 
 
-def _draw(train: list[dict], held_out: list[dict], folder: Path) -> list[tuple[str, str]]:
+def _draw(
+    train: list[dict], held_out: list[dict], folder: Path, layers: list[list[int]]
+) -> list[tuple[str, str]]:
     steps = [r["step"] for r in train]
     window = max(1, len(steps) // 50)
     drawn = []
-    series = {"train": (steps, [_number(r["loss"]) for r in train])}
+    series: dict[str, Any] = {"train": (steps, [_number(r["loss"]) for r in train])}
     marked = []
     for name in [k for k in (held_out[-1] if held_out else {}) if k.endswith("/loss")]:
         points = [(r["step"], _number(r[name])) for r in held_out if name in r]
-        series[name.removesuffix("/loss")] = tuple(map(list, zip(*points)))  # type: ignore
+        series[name.removesuffix("/loss")] = tuple(map(list, zip(*points)))
         marked.append(name.removesuffix("/loss"))
     plots.curves(
         folder / "plots" / "loss.png",
@@ -77,29 +80,22 @@ def _draw(train: list[dict], held_out: list[dict], folder: Path) -> list[tuple[s
         window=window,
     )
     drawn.append(("Gradient norm", "grad_norm.png"))
-    if any(name.startswith("expert_load/") for name in train[-1]):
-        _draw_load(train, folder)
+    if layers:
+        _draw_load(train, folder, layers)
         drawn += [("Expert load", "expert_load.png"), ("Load over time", "expert_load_time.png")]
     return drawn
 
 
-def _layer_loads(record: dict) -> np.ndarray:
+def _layer_loads(record: dict, layers: list[list[int]]) -> np.ndarray:
     """Return the share of rows of each expert, [layer, expert], layers in the model's order."""
-    blocks = [
-        np.asarray(record[name], float)
-        for name in sorted(
-            (n for n in record if n.startswith("expert_load/")), key=lambda n: int(n.split("/")[1])
-        )
-    ]
-    # Blocks of one pattern are interleaved over the repetitions of the pattern.
-    if len({block.shape for block in blocks}) == 1:
-        return np.stack(blocks, axis=1).reshape(-1, blocks[0].shape[-1])
-    return np.concatenate(blocks)
+    blocks = [np.asarray(record[f"expert_load/{index}"], float) for index in range(len(layers))]
+    return np.concatenate(blocks)[np.argsort(np.concatenate(layers), kind="stable")]
 
 
-def _draw_load(train: list[dict], folder: Path) -> None:
-    last = np.mean([_layer_loads(r) for r in train[-20:]], axis=0)
+def _draw_load(train: list[dict], folder: Path, order: list[list[int]]) -> None:
+    last = np.mean([_layer_loads(r, order) for r in train[-20:]], axis=0)
     layers, experts = last.shape
+    names = [str(layer) for layer in sorted(sum(order, []))]
     plots.heat_map(
         folder / "plots" / "expert_load.png",
         last,
@@ -108,14 +104,14 @@ def _draw_load(train: list[dict], folder: Path) -> None:
         title=f"Share of tokens per expert, last {min(20, len(train))} steps",
         value_label=f"share (uniform {1 / experts:.3f})",
         x_ticks=[str(i) for i in range(experts)],
-        y_ticks=[str(i) for i in range(layers)],
+        y_ticks=names,
         limits=(0.0, float(last.max())),
     )
     steps = [r["step"] for r in train]
-    busiest = np.array([_layer_loads(r).max(axis=1) * experts for r in train])
+    busiest = np.array([_layer_loads(r, order).max(axis=1) * experts for r in train])
     plots.curves(
         folder / "plots" / "expert_load_time.png",
-        {f"layer {i}": (steps, busiest[:, i]) for i in range(min(layers, 6))},
+        {f"layer {names[i]}": (steps, busiest[:, i].tolist()) for i in range(min(layers, 6))},
         x_label="step",
         y_label="busiest expert / uniform",
         title="Load of the busiest expert",

@@ -1,24 +1,25 @@
 """A stage that trains: data, model, objective and optimiser on a mesh, resumable at any moment."""
 
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
 from jaxherd.core.sharding import Partitioner
-from jaxherd.data import batch as batch_lib
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
-from jaxherd.training.loggers import open_loggers
+from jaxherd.training.loggers import open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.progress import Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
@@ -73,6 +74,7 @@ class Evaluation:
     max_batches: int | None = None
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Something to do with the model before, during or after training."""
 
@@ -103,7 +105,7 @@ class TrainStage:
     Attributes:
       name, reads: see `jaxherd.core.experiment.Stage`.
       model: a frozen config with `build(key)`, `num_params()` and `train_flops(...)`.
-      data: a `jaxherd.data.batch.DataConfig`.
+      data: a `jaxherd.core.batch.DataConfig`.
       objective: see `jaxherd.training.objectives`.
       initial: name of an earlier stage whose last parameters to start from; None draws fresh ones.
       evaluations, callbacks: run at "eval" moments.
@@ -133,6 +135,18 @@ class TrainStage:
         Raises:
           JaxherdError: the layout, the batch or a parameter does not fit the devices.
         """
+        return _program(self, tuple(devices), tuple(sorted((compiler_options or {}).items())))
+
+    def check(self, devices: Any, compiler_options: Mapping[str, Any] | None = None) -> None:
+        """Trace the step on shapes alone: what does not fit is told before anything is written.
+
+        Raises:
+          JaxherdError: the layout, the batch, a parameter or an activation does not fit.
+        """
+        program = self.program(devices, compiler_options)
+        program.step.trace(*self.abstract_inputs(program))
+
+    def _build_program(self, devices: Any, compiler_options: Mapping[str, Any]) -> Program:
         partitioner = Partitioner.create(self.layout, devices)
         spec = self.data.batch_spec()
         shardings = {}
@@ -192,6 +206,14 @@ class TrainStage:
         return stage_report(self, folder)
 
 
+@functools.lru_cache(maxsize=2)
+def _program(
+    stage: TrainStage, devices: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
+) -> Program:
+    """Check and run share one program, and so one trace of its step."""
+    return stage._build_program(devices, dict(options))
+
+
 class _Run:
     """One process's work on a stage."""
 
@@ -210,10 +232,10 @@ class _Run:
             keep_every=config.keep_every,
             say=context.say,
         )
+        loggers = []
         try:
             state, first = self._start(checkpoints, data)
             self._record_config(data)
-            loggers = []
             if jax.process_index() == 0:
                 loggers = open_loggers(
                     config.loggers, context.folder, name=stage.name, config={}, resume_step=first
@@ -223,12 +245,11 @@ class _Run:
                 self._callbacks(running, "start")
             with self._signals(), self._progress(first) as progress:
                 summary = self._train(running, data, checkpoints, loggers, progress)
-            for logger in loggers:
-                logger.close()
-            if not self.stop.is_set():
-                self._callbacks(running, "end")
+            self._callbacks(running, "end")
             return summary
         finally:
+            for logger in loggers:
+                logger.close()
             checkpoints.close()
             if hasattr(data, "close"):
                 data.close()
@@ -285,27 +306,38 @@ class _Run:
             if evaluate or save:
                 last = self._log(*waiting, loggers, progress, units)
                 waiting = None
+            if stopping and jax.process_index() == 0:
+                progress.say("stopping after this step; saving a checkpoint first.")
             if evaluate:
                 summary = self._evaluate(running, loggers, progress)
             if save:
                 checkpoints.save(step + 1, running.state, data.get_state())
             if stopping and not final:
-                checkpoints.wait()
-                self.stop.set()
-                raise Interrupted(
-                    f"{stage.name}: stopped at step {step + 1}, checkpoint saved; run the same "
-                    "command to go on."
-                )
-        if waiting is not None:
-            last = self._log(*waiting, loggers, progress, units)
+                self._interrupt(step + 1, checkpoints)
         if not summary and stage.evaluations:
             summary = self._evaluate(running, loggers, progress)
         checkpoints.wait()
+        if self._stopping(0):  # asked during the last step: later stages do not begin
+            self._interrupt(config.steps, checkpoints)
+        last = last or self._last_record(config.steps)
         return {
             "step": running.step,
             **{f"train/{k}": v for k, v in last.items() if np.ndim(v) == 0},
             **summary,
         }
+
+    def _interrupt(self, step: int, checkpoints: Checkpoints) -> None:
+        checkpoints.wait()
+        raise Interrupted(
+            f"{self.stage.name}: stopped at step {step}, checkpoint saved; run the same command to "
+            "go on."
+        )
+
+    def _last_record(self, step: int) -> dict[str, Any]:
+        """Return the metrics of the last step from the log: an earlier run has made that step."""
+        records = read_records(self.context.folder / "metrics.jsonl")
+        found = [r for r in records if r["kind"] == "train" and r["step"] == step]
+        return {k: v for k, v in found[-1].items() if k not in ("kind", "step")} if found else {}
 
     def _log(self, step, sums, loggers, progress, units) -> dict[str, Any]:
         values = metrics_lib.means(jax.device_get(sums))
@@ -361,7 +393,7 @@ class _Run:
         return bool(np.any(flags))
 
     def _signals(self):
-        return _StopOnSignal(self.stop, self.context.say)
+        return _StopOnSignal(self.stop)
 
 
 class Interrupted(Exception):
@@ -371,8 +403,8 @@ class Interrupted(Exception):
 class _StopOnSignal:
     """SIGTERM and a first Ctrl-C ask for a checkpoint and a clean stop."""
 
-    def __init__(self, stop: threading.Event, say):
-        self._stop, self._say, self._old = stop, say, {}
+    def __init__(self, stop: threading.Event):
+        self._stop, self._old = stop, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -383,8 +415,8 @@ class _StopOnSignal:
     def _handle(self, number, frame):
         if self._stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Nothing is printed here: the signal may have come in the middle of another print.
         self._stop.set()
-        self._say("stopping after this step; saving a checkpoint first.")
 
     def __exit__(self, *_):
         for number, old in self._old.items():
@@ -412,9 +444,9 @@ def load_params(folder: Path, program: Program) -> Any:
     """Return the last parameters of another training stage, laid out for `program`."""
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        restored = checkpoints.restore(program.abstract_state())
+        params = checkpoints.restore_params(program.abstract_state().params)
     finally:
         checkpoints.close()
-    if restored is None:
+    if params is None:
         raise JaxherdError(f"{folder} holds no checkpoint to start from.")
-    return restored[1].params
+    return params

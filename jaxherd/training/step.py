@@ -26,14 +26,16 @@ class TrainState:
       optimizer: optax state.
       guard: of the guards.
       key: raw data of the PRNG key of the run; each step folds its number in.
+
+    The leaves may also be shapes, shardings or whatever Orbax keeps of them while it saves.
     """
 
-    step: jax.Array
-    params: Tree
-    buffers: Tree
+    step: Any
+    params: Any
+    buffers: Any
     optimizer: Any
-    guard: GuardState
-    key: jax.Array
+    guard: Any
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +88,15 @@ class Program:
         self.step = jax.jit(
             self._step,
             in_shardings=(self.state_shardings(), self.batch_shardings, None),
-            out_shardings=(self.state_shardings(), None),
+            # Every process reads the metrics, so every device holds them whole.
+            out_shardings=(self.state_shardings(), self._replicated),
             donate_argnums=(0,),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
         self.evaluate = jax.jit(
             self._evaluate,
             in_shardings=(self.state_shardings(), self.batch_shardings, None),
+            out_shardings=self._replicated,
         )
 
     def _build(self, key: jax.Array) -> Any:
@@ -100,7 +104,7 @@ class Program:
 
     def state_shardings(self) -> TrainState:
         """Return the sharding of every leaf of the train state."""
-        whole = self._replicated
+        whole: Any = self._replicated
         return TrainState(
             step=whole,
             params=self._param_shardings,
@@ -179,7 +183,8 @@ class Program:
             )
             extra = {
                 "grad_norm": grad_norm,
-                "learning_rate": self.schedule(state.step),
+                # The optimiser counts the updates that were applied.
+                "learning_rate": self.schedule(state.guard.accepted),
                 "guard/in_a_row": guard.skipped_in_a_row,
                 **reasons,
             }

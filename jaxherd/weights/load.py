@@ -70,6 +70,8 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
         return _load_own(path, registry.own_config(config, str(folder)), dtype)
     model, architecture = read_config(config), architecture_of(config)
     store = _Canonical(_open(path))
+    if model.tie_embeddings:
+        _check_second_copy(store)
     return assemble(
         model,
         store,
@@ -135,6 +137,18 @@ class _Canonical:
 
     def read(self, name: str):
         return self._store.read(self._names[name])
+
+
+def _check_second_copy(store: _Canonical) -> None:
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    if (
+        table in store.shapes
+        and head in store.shapes
+        and store.read(table).tobytes() != store.read(head).tobytes()
+    ):
+        raise JaxherdError(
+            f"{store.where}: its config ties the embeddings, but {head} differs from {table}."
+        )
 
 
 def _canonical(name: str) -> str:

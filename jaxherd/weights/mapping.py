@@ -21,6 +21,7 @@ import numpy as np
 from jaxherd.core.errors import JaxherdError
 from jaxherd.layers.rope import half_to_interleaved, interleaved_to_half
 from jaxherd.models.decoder import DecoderConfig
+from jaxherd.models.periods import stacked_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,23 +191,20 @@ def _slots(
     if not path.startswith("segments/"):
         yield [[Placement(r.theirs, r.their_shape(shape), path, (), r)] for r in rules]
         return
-    _, number, block, _ = path.split("/", 3)
+    _, number, run, _ = path.split("/", 3)
     segments = config.segments()
-    segment = segments[int(number)]
-    first = sum(s.length for s in segments[: int(number)]) + int(block)
-    head_dim = segment.pattern[int(block)].attention.head_dim
-    for repetition in range(segment.count):
-        layer = first + repetition * len(segment.pattern)
+    head_dim = segments[int(number)].runs[int(run)].layer.attention.head_dim
+    for place, layer in enumerate(stacked_layers(segments, int(number), int(run))):
         options = []
         for rule in rules:
             if "{e}" not in rule.theirs:
                 name, theirs = rule.theirs.format(i=layer), rule.their_shape(shape[1:])
-                options.append([Placement(name, theirs, path, (repetition,), rule, head_dim)])
+                options.append([Placement(name, theirs, path, (place,), rule, head_dim)])
                 continue
             theirs = rule.their_shape(shape[2:])
             options.append(
                 [
-                    Placement(rule.theirs.format(i=layer, e=e), theirs, path, (repetition, e), rule)
+                    Placement(rule.theirs.format(i=layer, e=e), theirs, path, (place, e), rule)
                     for e in range(shape[1])
                 ]
             )

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from jaxherd.core.batch import BatchIterator, DataConfig, check
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.batch import BatchIterator, DataConfig, check
 from jaxherd.data.mixture import MixtureComponent
 from jaxherd.data.packed_text import Bytes, PackedText, TokenizerFile, TrainedBpe
 

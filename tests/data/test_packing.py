@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxherd.core.batch import check
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.batch import check
 from jaxherd.data.corpus import Document, DocumentList
 from jaxherd.data.packing import ConcatRows, OnePass, Stretches, empty_row, row_spec
 from jaxherd.data.tokenizers import ByteTokenizer

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data import batch as batch_lib
 from jaxherd.data.packed_text import Bytes, PackedText, TokenizerFile
 from jaxherd.data.retrieval import RetrievalText, replace_length
 

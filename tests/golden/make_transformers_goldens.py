@@ -4,7 +4,7 @@
     python tests/golden/make_transformers_goldens.py --live FOLDER   every case, with its folder
 
 Needs torch and transformers (5.23.0 made the committed files).  Weights are not stored: they
-follow from each tensor's name by numpy's frozen RandomState, see `random_weights.py` beside this file.
+follow from each tensor's name by numpy's frozen RandomState, see `random_weights.py` beside it.
 """
 
 import argparse

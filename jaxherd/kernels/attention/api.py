@@ -57,7 +57,7 @@ def attention(
             f"attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} "
             "key/value heads."
         )
-    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     if implementation is None:
         from jaxherd.kernels.attention import splash
 
@@ -66,10 +66,10 @@ def attention(
     if implementation == "splash":
         from jaxherd.kernels.attention import splash
 
-        return splash.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale, interpret=interpret)
+        return splash.attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, interpret=interpret)
     short = mask.size is not None and mask.size <= _LOCAL_SIZE and mask.size < q_BTHD.shape[1]
     if implementation == "xla" and mask.self_attention and mask.is_local and short:
-        return reference.attend_local(q_BTHD, k_BSKD, v_BSKD, mask, scale)
+        return reference.attend_local(q_BTHD, k_BSKD, v_BSKD, mask, factor)
     if implementation == "xla" and q_BTHD.shape[1] * k_BSKD.shape[1] > _DENSE_SCORES:
-        return reference.attend_blocked(q_BTHD, k_BSKD, v_BSKD, mask, scale)
-    return reference.attend(q_BTHD, k_BSKD, v_BSKD, mask, scale)
+        return reference.attend_blocked(q_BTHD, k_BSKD, v_BSKD, mask, factor)
+    return reference.attend(q_BTHD, k_BSKD, v_BSKD, mask, factor)

@@ -56,9 +56,9 @@ class AttentionMask:
         seen = (p >= 0) & (r >= 0)
         if self.kind != "bidirectional":
             seen &= r <= p
-        if self.kind == "chunked":
+        if self.kind == "chunked" and self.size:
             seen &= p // self.size == r // self.size
-        elif self.kind == "sliding_window":
+        elif self.kind == "sliding_window" and self.size:
             seen &= r > p - self.size
         if self.q_segments_BT is not None and self.k_segments_BS is not None:
             seen &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]

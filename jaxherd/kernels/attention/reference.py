@@ -5,6 +5,7 @@ Axis letters: B batch, T queries, S keys, N query heads, K key/value heads, G = 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +66,10 @@ def attend_local(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float):
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
     k, v = jnp.pad(k_BSKH, widths), jnp.pad(v_BSKH, widths)
 
-    def own(x):
+    def own(x) -> Any:
         return None if x is None else x.reshape(-1, size, *x.shape[2:])
 
-    def seen(x):
+    def seen(x) -> Any:
         if x is None or alone:
             return own(x)
         blocks = x.reshape(batch, -1, size, *x.shape[2:])

@@ -10,6 +10,7 @@ rule over positions becomes one over indices once the segment ids are refined:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def _segments(mask: AttentionMask):
     segments = mask.q_segments_BT
     if segments is None:
         segments = jnp.zeros_like(mask.q_positions_BT)
-    if mask.kind == "chunked":
+    if mask.kind == "chunked" and mask.size:
         chunks = mask.q_positions_BT // mask.size
         # Chunks of one document are consecutive, so (segment, chunk) pairs need only differ from
         # their neighbours within reach of the local mask.
@@ -96,12 +97,11 @@ def _attend_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, mask: AttentionMask, i
         rule = masks.CausalMask(shape)
     elif mask.kind == "bidirectional":
         rule = masks.FullMask(shape)
-    elif mask.size is not None and mask.size >= length:
+    elif mask.size is None or mask.size >= length:
         rule = masks.CausalMask(shape)
     elif mask.kind == "chunked" and mask.contiguous:
         rule = masks.ChunkedCausalMask(shape, mask.size)
     else:
-        assert mask.size is not None
         rule = masks.LocalMask(shape, (mask.size - 1, 0), offset=0)
     block = _block(length, 1024)
     kernel = splash.make_splash_mha(
@@ -122,5 +122,5 @@ def _attend_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, mask: AttentionMask, i
     )
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
     q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q_BTNH, k_BSKH, v_BSKH))
-    out = jax.vmap(kernel)(q, k, v, segments)
+    out: Any = jax.vmap(kernel)(q, k, v, segments)
     return rearrange(out, "B N T H -> B T N H").astype(q_BTNH.dtype)

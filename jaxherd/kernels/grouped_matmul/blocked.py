@@ -66,6 +66,8 @@ def _vjp_forward(x_MK, w_GKN, group_sizes_G, transposed):
 
 def _vjp_backward(transposed, saved, dy_MN):
     x_MK, w_GKN, group_sizes_G = saved
+    # Rows of no group gave constants; whatever comes back for them must not meet a product.
+    dy_MN = jnp.where(jnp.arange(dy_MN.shape[0])[:, None] < group_sizes_G.sum(), dy_MN, 0)
     dx_MK = _forward(dy_MN.astype(x_MK.dtype), w_GKN, group_sizes_G, not transposed)
     rows, block = x_MK.shape[0], _block_rows(x_MK.shape[0], w_GKN.shape[0])
     count, group_at, start_at, end_at = _schedule(group_sizes_G, rows, block)

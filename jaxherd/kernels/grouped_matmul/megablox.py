@@ -21,13 +21,14 @@ def _tile(size: int, most: int) -> int:
 
 
 def _gmm(x_MK, w_GKN, group_sizes_G, interpret, *, transposed):
+    # The package binds the name of this module to a function of its own.
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     inner = x_MK.shape[1]
     columns = w_GKN.shape[1] if transposed else w_GKN.shape[2]
     tiling = (_tile(x_MK.shape[0], 512), _tile(inner, 1024), _tile(columns, 1024))
     return gmm(x_MK, w_GKN, group_sizes_G.astype(jnp.int32), x_MK.dtype, tiling,
-                       transpose_rhs=transposed, interpret=interpret)  # fmt: skip
+               transpose_rhs=transposed, interpret=interpret)  # fmt: skip
 
 
 def _forward(x_MK, w_GKN, group_sizes_G, interpret):
@@ -44,7 +45,7 @@ def _backward(interpret, saved, dy_MN):
     dx_MK = jnp.where(jnp.arange(dx_MK.shape[0])[:, None] < sizes.sum(), dx_MK, 0)
     tiling = (_tile(x_MK.shape[0], 512), _tile(x_MK.shape[1], 1024), _tile(dy_MN.shape[1], 1024))
     dw_GKN = tgmm(x_MK.swapaxes(0, 1), dy_MN, sizes, w_GKN.dtype, tiling,
-                          num_actual_groups=w_GKN.shape[0], interpret=interpret)  # fmt: skip
+                  num_actual_groups=w_GKN.shape[0], interpret=interpret)  # fmt: skip
     return dx_MK, dw_GKN, None
 
 

@@ -15,4 +15,5 @@ def grouped_matmul(x_MK, w_GKN, group_sizes_G):
     choice_GM = group_M[None, :] == jnp.arange(w_GKN.shape[0])[:, None]
     chosen_GMK = jnp.where(choice_GM[:, :, None], x_MK[None], 0)
     y_MN = jnp.einsum("GMK,GKN->MN", chosen_GMK, w_GKN, preferred_element_type=jnp.float32)
-    return y_MN.astype(x_MK.dtype)
+    # The choice also keeps what comes back for rows of no group out of the gradient.
+    return jnp.where((group_M < w_GKN.shape[0])[:, None], y_MN, 0).astype(x_MK.dtype)

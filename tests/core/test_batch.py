@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxherd.core.batch import BatchField, abstract, check, to_global
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.batch import BatchField, abstract, check, to_global
 
 SPEC = {
     "audio": BatchField((4, 80, 7), "float32", ("batch", "time", None)),

@@ -1,0 +1,50 @@
+# Convenience over plain pip and jaxherd commands; the README shows both.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LINE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(LINE).txt
+
+.PHONY: demo test lint types floors install install-dev wheel test-slow test-oracle test-gpu-compile clean
+
+demo: install
+	$(BIN)/jaxherd run llama4/scout --on cpu
+
+# Lint, types, import floors and the default tests, on the wheel that users would install.
+test: install-dev lint types floors
+	$(BIN)/pytest -q
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/pyright
+
+floors:
+	$(BIN)/lint-imports
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+install: $(BIN)/python
+	$(PIP) '.[demo]'
+
+install-dev: $(BIN)/python
+	$(PIP) '.[dev,tpu]'
+
+wheel: install-dev
+	$(BIN)/python -m build --wheel
+
+test-slow:
+	$(BIN)/pytest -q -m slow
+
+# Needs another environment with torch and transformers: see tests/golden/README.md.
+test-oracle:
+	$(BIN)/pytest -q -m oracle
+
+test-gpu-compile:
+	$(BIN)/pytest -q -m gpu_compile
+
+clean:
+	rm -rf $(VENV) dist build runs

@@ -1,0 +1,86 @@
+"""`jaxherd generate`: continue a prompt with a model, streaming."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
+
+
+def main(
+    source: tyro.conf.Positional[str],
+    /,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    chat: bool | None = None,
+    system: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    tokenizer: Path | None = None,
+    on: str = "cpu",
+) -> int:
+    """Continue a prompt, or answer it when the model is a chat model; text streams as it comes.
+
+    Example: jaxherd generate smollm2-135m-instruct --prompt "Why is the sky blue?"
+
+    Args:
+        source: an alias (smollm2-135m-instruct), a Hugging Face folder, a GGUF file, or any source.
+        prompt: the text; - reads it from standard input.
+        max_new_tokens: at most so many.
+        temperature: 0 takes the likeliest token; the model's own default if not given, else 0.
+        top_p: keep the likeliest tokens up to this share; the model's own default, else 1.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest.
+        seed: of the sampling.
+        stop: end before any of these strings.
+        chat: use the model's chat template; by default when it has one.
+        system: a system message for the chat template.
+        dtype: of the weights; the source's own if not given.
+        tokenizer: file or folder, if the source has none.
+        on: cpu, gpu or tpu.
+    """
+    common.local_devices(on)
+    import jaxherd
+    from jaxherd.data.chat import encode_chat
+    from jaxherd.data.tokenizers import load_tokenizer
+    from jaxherd.inference.generate import Generator, Request
+    from jaxherd.inference.sampling import Sampling
+    from jaxherd.weights.load import generation_defaults
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    words = load_tokenizer(tokenizer) if tokenizer else jaxherd.load_tokenizer(source)
+    defaults = generation_defaults(source)
+    sampling = Sampling(
+        temperature=_first(temperature, defaults.temperature, 0.0),
+        top_p=_first(top_p, defaults.top_p, 1.0),
+        top_k=top_k,
+        min_p=min_p,
+    )
+    if chat and not words.chat_template:
+        raise JaxherdError(f"{source} has no chat template: leave --chat away.")
+    if chat or (chat is None and words.chat_template):
+        messages = [{"role": "system", "content": system}] if system else []
+        tokens = encode_chat(words, [*messages, {"role": "user", "content": text}])
+    else:
+        tokens = words.encode(text, add_bos=getattr(words, "adds_bos", False))
+        print(text, end="", flush=True)
+    module = jaxherd.load(source, dtype=dtype)
+    stop_ids = defaults.eos_ids or words.stop_ids
+    generator = Generator(module, words, stop_ids=stop_ids)
+    request = Request(tuple(tokens), max_new_tokens, sampling, seed, tuple(stop))
+    for piece in generator.stream(request):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)

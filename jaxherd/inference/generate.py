@@ -1,0 +1,303 @@
+"""Generation: prompts in, tokens or streamed text out.
+
+A `Generator` holds a model in the form that decodes fastest here.  Prompts are padded to a few
+bucket lengths and the cache to a few sizes, so that programs are compiled once each; long prompts
+go through in pieces.  Decoding runs several steps on the device between looks from the host.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.data.tokenizers import DecodeStream
+from jaxherd.inference import steps
+from jaxherd.inference.sampling import RowSampling, Sampling
+from jaxherd.inference.serving_form import serving_form
+from jaxherd.inference.stop_strings import StopStrings
+from jaxherd.models.decoder import Decoder
+
+_SMALLEST_PIECE, _SMALLEST_CACHE, _STOP_SLOTS = 16, 128, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One row of a batch.
+
+    Attributes:
+      tokens: the prompt.
+      max_new_tokens: at most so many tokens are chosen.
+      sampling: how.
+      seed: of this row; equal seeds give equal tokens whatever else is in the batch.
+      stop_strings: the text ends before the first of them (needs a tokenizer).
+    """
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a request; `reason` is "stop" (token or string) or "length"."""
+
+    tokens: list[int]
+    text: str | None
+    reason: str
+
+
+class Generator:
+    """A model ready to generate."""
+
+    def __init__(
+        self,
+        module: Decoder,
+        tokenizer: Any = None,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        max_length: int | None = None,
+        prefill_chunk: int = 512,
+        decode_steps: int = 16,
+        dtype: Any = None,
+        prepare: bool = True,
+    ):
+        """Prepare a model.
+
+        Args:
+          module: a decoder.
+          tokenizer: for text and stop strings; its stop tokens end a row.
+          stop_ids: end a row; the tokenizer's when None.
+          max_length: longest prompt and continuation together; the model's own when None.
+          prefill_chunk: prompts go through in pieces of at most this many tokens.
+          decode_steps: tokens between two looks from the host.
+          dtype: of the weights, see `serving_form`.
+          prepare: bring the model into the form that decodes fastest here, which copies it and
+            takes longer to compile; False serves it as it is.
+        Raises:
+          JaxherdError: a number below 1, or too many stop tokens.
+        """
+        for name, value in (("prefill_chunk", prefill_chunk), ("decode_steps", decode_steps)):
+            if value < 1:
+                raise JaxherdError(f"{name} must be at least 1, got {value}.")
+        if stop_ids is None:
+            stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
+        self.stop_ids = tuple(dict.fromkeys(int(i) for i in stop_ids or ()))
+        if len(self.stop_ids) > _STOP_SLOTS:
+            raise JaxherdError(f"at most {_STOP_SLOTS} stop tokens, got {len(self.stop_ids)}.")
+        if prepare:
+            module = serving_form(module, dtype=dtype)
+        self.module, self.tokenizer = module, tokenizer
+        self.max_length = min(max_length or module.config.max_length, module.config.max_length)
+        self.prefill_chunk, self.decode_steps = prefill_chunk, decode_steps
+
+    def run(self, requests: Sequence[Request], *, key: jax.Array | None = None) -> list[Result]:
+        """Return the result of every request; they run as one batch."""
+        results: list[Result | None] = [None] * len(requests)
+        for row, _, _, result in self._events(requests, key):
+            if result is not None:
+                results[row] = result
+        return [result for result in results if result is not None]
+
+    def stream(self, request: Request, *, key: jax.Array | None = None) -> Iterator[str]:
+        """Yield pieces of text as they become certain; needs a tokenizer."""
+        if self.tokenizer is None:
+            raise JaxherdError("streaming text needs a tokenizer.")
+        for _, _, text, _ in self._events([request], key):
+            if text:
+                yield text
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise JaxherdError if a request cannot be served; nothing is compiled."""
+        vocabulary = self.module.config.vocab_size
+        if not requests:
+            raise JaxherdError("there is no prompt.")
+        for request in requests:
+            if not request.tokens:
+                raise JaxherdError("a prompt is empty: give at least one token.")
+            if min(request.tokens) < 0 or max(request.tokens) >= vocabulary:
+                raise JaxherdError(f"a prompt has tokens outside the vocabulary of {vocabulary}.")
+            if request.max_new_tokens < 1:
+                raise JaxherdError(
+                    f"max_new_tokens must be at least 1, got {request.max_new_tokens}."
+                )
+            needed = len(request.tokens) + request.max_new_tokens
+            if needed > self.max_length:
+                raise JaxherdError(
+                    f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new "
+                    f"ones are more than the model's {self.max_length}: shorten either."
+                )
+            if request.stop_strings and self.tokenizer is None:
+                raise JaxherdError("stop strings need a tokenizer.")
+
+    def _events(
+        self, requests: Sequence[Request], key: jax.Array | None
+    ) -> Iterator[tuple[int, list[int], str, Result | None]]:
+        """Yield (row, new tokens, new text, result once the row has ended)."""
+        self.check(requests)
+        rows = [_Row(request, self.tokenizer, self.stop_ids) for request in requests]
+        keys = row_keys(key, [request.seed for request in requests])
+        sampling = RowSampling.create([request.sampling for request in requests], keys)
+        stop = [*self.stop_ids, *[-2] * (_STOP_SLOTS - len(self.stop_ids))]
+        stop_S = jnp.asarray(stop, jnp.int32)
+        lengths_B = jnp.asarray([len(r.tokens) for r in requests], jnp.int32)
+        budget_B = jnp.asarray([r.max_new_tokens for r in requests], jnp.int32)
+        cache, last_BD = self._prefill(
+            [r.tokens for r in requests], lengths_B, self._capacity(requests)
+        )
+        state = steps.start(self.module, last_BD, lengths_B, budget_B, stop_S, sampling)
+        chosen_BK = state.token_B[:, None]
+        while True:
+            # The state is donated to the next call, so what the host needs is fetched first.
+            finished_B = np.asarray(state.done_B).tolist()
+            for number, tokens in enumerate(np.asarray(chosen_BK).tolist()):
+                if rows[number].result is not None:
+                    continue
+                new, text = rows[number].push([t for t in tokens if t >= 0], finished_B[number])
+                yield number, new, text, rows[number].result
+            if all(row.result is not None for row in rows):
+                return
+            ended_B = jnp.asarray([row.result is not None for row in rows])
+            state = dataclasses.replace(state, done_B=state.done_B | ended_B)
+            cache, state, chosen_BK = steps.decode(
+                self.module, cache, state, stop_S, sampling, steps=self.decode_steps
+            )
+
+    def _capacity(self, requests: Sequence[Request]) -> int:
+        longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
+        return min(_bucket(longest, _SMALLEST_CACHE), self.max_length)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], lengths_B: jax.Array, capacity: int):
+        batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        cache = self.module.init_cache(batch, capacity)
+        table = self.module.embedding.table[...]
+        last_BD = jnp.zeros((batch, self.module.config.embed_dim), table.dtype)
+        for begin in range(0, longest, self.prefill_chunk):
+            here = min(self.prefill_chunk, longest - begin)
+            width = min(_bucket(here, _SMALLEST_PIECE), self.prefill_chunk)
+            tokens = np.zeros((batch, width), np.int32)
+            positions = np.full((batch, width), -1, np.int32)
+            for row, prompt in enumerate(prompts):
+                piece = prompt[begin : begin + here]
+                tokens[row, : len(piece)] = piece
+                positions[row, : len(piece)] = np.arange(begin, begin + len(piece))
+            cache, last_BD = steps.prefill(
+                self.module, cache, last_BD, tokens, positions, lengths_B, cache_is_empty=begin == 0
+            )
+        return cache, last_BD
+
+
+class _Row:
+    """The host's side of one row: its tokens, its text, and whether it has ended."""
+
+    def __init__(self, request: Request, tokenizer: Any, stop_ids: tuple[int, ...]):
+        self.request, self.stop_ids = request, stop_ids
+        self.tokens: list[int] = []
+        self.text = ""
+        self.result: Result | None = None
+        self._stream = None if tokenizer is None else DecodeStream(tokenizer)
+        self._stops = StopStrings(request.stop_strings)
+
+    def push(self, tokens: list[int], ended: bool) -> tuple[list[int], str]:
+        """Add tokens; return those that count and the text that became certain."""
+        new, shown = [], ""
+        for token in tokens:
+            self.tokens.append(token)
+            new.append(token)
+            if token in self.stop_ids:
+                break
+            if self._stream is not None:
+                shown += self._stops.push(self._stream.push(token))
+            if self._stops.found is not None:
+                break
+        stopped = self._stops.found is not None or self.tokens[-1] in self.stop_ids
+        if ended or stopped:
+            if self._stream is not None:
+                shown += self._stops.push(self._stream.finish()) + self._stops.finish()
+            self.text += shown
+            text = None if self._stream is None else self.text
+            self.result = Result(self.tokens, text, "stop" if stopped else "length")
+        else:
+            self.text += shown
+        return new, shown
+
+
+def _bucket(length: int, smallest: int) -> int:
+    """Return the power of two, at least `smallest`, that holds `length`."""
+    return max(smallest, 1 << (length - 1).bit_length())
+
+
+def row_keys(key: jax.Array | None, seeds: Sequence[int]) -> jax.Array:
+    """Return one key a row, which depends on `key` and the row's seed alone."""
+    if key is None:
+        key = jax.random.key(0)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    seeds_B = jnp.asarray([seed & 0xFFFFFFFF for seed in seeds], jnp.uint32)
+    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds_B)
+
+
+def generate(
+    module: Decoder,
+    prompt_tokens: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop_ids: Sequence[int] = (),
+) -> Any:
+    """Return the tokens that continue the prompts.
+
+    Args:
+      module: a decoder.
+      prompt_tokens: a list of ints, a list of such lists (lengths may differ), or an integer
+        array [T] or [B, T].
+      max_new_tokens: how many to choose; fewer when a token of `stop_ids` comes first.
+      temperature, top_k, top_p, min_p: see `jaxherd.inference.sampling`; temperature 0 is greedy.
+      key: of the sampling; row i uses it folded with i.
+    Returns:
+      The new tokens, without the prompt: a list for one prompt, a list of lists for several.
+    Raises:
+      JaxherdError: a prompt that is empty, holds no tokens of the model, or is too long.
+    """
+    prompts, single = _prompts(prompt_tokens)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    requests = [
+        Request(tuple(prompt), max_new_tokens, sampling, seed=row)
+        for row, prompt in enumerate(prompts)
+    ]
+    # For one call the faster form would take longer to compile than it saves.
+    generator = Generator(module, stop_ids=stop_ids, prepare=False)
+    found = [result.tokens for result in generator.run(requests, key=key)]
+    return found[0] if single else found
+
+
+def _prompts(prompt_tokens: Any) -> tuple[list[list[int]], bool]:
+    if isinstance(prompt_tokens, np.ndarray | jax.Array):
+        array = np.asarray(prompt_tokens)
+        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+            raise JaxherdError(
+                f"prompt_tokens must be integers [T] or [B, T], not {array.dtype} {array.shape}."
+            )
+        prompt_tokens = array.tolist()
+    prompts = list(prompt_tokens)
+    single = not prompts or isinstance(prompts[0], int | np.integer)
+    rows = [prompts] if single else prompts
+    try:
+        return [[_token(t) for t in row] for row in rows], single
+    except TypeError:
+        raise JaxherdError("prompt_tokens must be a list of ints or of lists of ints.") from None
+
+
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | np.ndarray | jax.Array):
+        raise TypeError
+    return int(value)

@@ -1,0 +1,115 @@
+"""The command line as a user meets it: help that teaches, one sentence for what is wrong."""
+
+import json
+
+import pytest
+
+from jaxherd.cli.main import VERBS, main
+
+
+def call(capsys, *arguments):
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_usage_names_every_verb(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_of_every_verb_has_an_explanation(capsys, verb):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"jaxherd {verb}" in capsys.readouterr().out
+
+
+def test_unknown_verb_is_answered_with_the_nearest(capsys):
+    status, _, err = call(capsys, "rnu")
+    assert status == 2 and "did you mean 'run'" in err
+
+
+WRONG = {
+    "experiment": (["run", "llama4/scuot"], "did you mean 'llama4/scout'"),
+    "override name": (
+        ["run", "llama4/scout", "--set", "pretrain.optimizer.schedule.paek=1"],
+        "did you mean 'peak'",
+    ),
+    "override value": (
+        ["run", "llama4/scout", "--set", "pretrain.run_config.steps=many"],
+        "wants a whole number",
+    ),
+    "slice": (["plan", "llama4/scout", "--on", "v5p:3x5x7"], "v5p"),
+    "generation": (["plan", "llama4/scout", "--on", "v9x:4x4"], "v9x:4x4"),
+    "heads that do not divide": (
+        ["run", "llama4/scout", "--on", "cpu:8", "--set", "pretrain.layout.tensor=8"],
+        "does not divide by 8",
+    ),
+    "devices": (["run", "llama4/scout", "--on", "cpu:64"], "XLA_FLAGS"),
+    "model": (["generate", "no-such-model", "--prompt", "x"], "no-such-model"),
+    "tokenizer": (
+        ["run", "llama4/scout", "--set", "pretrain.data.tokenizer_config.vocab_size=12"],
+        "vocab",
+    ),  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_wrong_input_gives_one_sentence_and_writes_nothing(what, capsys, tmp_path, monkeypatch):
+    arguments, told = WRONG[what]
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *arguments)
+    assert status == 2
+    assert told in err
+    assert err.startswith("jaxherd: ") and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_list_is_json(capsys):
+    status, out, _ = call(capsys, "list", "--json")
+    rows = {row["experiment"]: row for row in json.loads(out)}
+    assert status == 0
+    assert rows["llama4/scout"]["scales"]["full"]["parameters"] == 107_769_861_120
+    assert rows["llama4/scout"]["scales"]["full"]["target"] == "v5p:4x4x8"
+
+
+def test_inspect_counts_without_data(capsys):
+    status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "v5p:4x4x8", "--json")
+    stage = json.loads(out)["stages"][0]
+    assert status == 0
+    assert stage["parameters"] == 107_769_861_120
+    assert stage["active_parameters"] == 17_172_894_720
+    # 12 bytes a parameter over 128 chips, as the optimiser keeps two float32 moments.
+    assert stage["state_gib_per_device"] == pytest.approx(107.77e9 * 12 / 128 / 2**30, rel=0.02)
+    # Six FLOPs per active weight and token, and the attention scores.
+    assert stage["flops_per_token"] == pytest.approx(6 * 16.1e9, rel=0.15)
+
+
+def test_inspect_decodes_a_batch(capsys):
+    status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
+    assert status == 0 and "one batch, decoded" in out and "chunked 64" in out
+
+
+def test_several_overrides_count(capsys):
+    status, out, _ = call(
+        capsys, "inspect", "llama4/scout", "--on", "cpu", "--json", "--no-batch",
+        "--set", "pretrain.run_config.steps=7", "--set", "optimizer.clip=none",
+    )  # fmt: skip
+    stage = json.loads(out)["config"]["stages"][0]
+    assert status == 0
+    assert stage["run_config"]["steps"] == 7 and stage["optimizer"]["clip"] is None
+
+
+def test_launch_dry_run_prints_copyable_commands(capsys):
+    status, out, _ = call(
+        capsys, "launch", "llama4/scout", "--on", "v5p-256", "--project", "my-project",
+        "--zone", "us-east5-a", "--bucket", "gs://my-bucket/runs", "--dry-run",
+        "--set", "pretrain.run_config.steps=10",
+    )  # fmt: skip
+    assert status == 0
+    assert "queued-resources create" in out and "--accelerator-type=v5p-256" in out
+    assert "jaxherd run llama4/scout --on v5p:4x4x8" in out
+    assert "pretrain.run_config.steps=10" in out

@@ -1,0 +1,206 @@
+import struct
+
+import gguf
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.layers.rope import RopeConfig, RopeScaling
+from jaxherd.weights.gguf_file import GgufStore
+from jaxherd.weights.load import generation_defaults, load
+
+Q = gguf.GGMLQuantizationType
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name: str) -> str:
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in fixed:
+        return fixed[name]
+    _, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{NAMES[stem]}.{kind}"
+
+
+def permuted(value: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k: half rows of a head become pairs."""
+    split = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
+    return split.swapaxes(1, 2).reshape(value.shape)
+
+
+def write(path, tensors, kind=Q.F32, *, heads=4, kv_heads=2, head_dim=6, width=24, extra=()):
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(20)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_eos_token_id(3)
+    for add in extra:
+        add(writer)
+    for name, value in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            value = permuted(value, heads if "q_proj" in name else kv_heads)
+        one = Q.F32 if value.ndim == 1 else kind
+        data = np.ascontiguousarray(value) if one == Q.F32 else gguf.quants.quantize(value, one)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=one)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_logits_equal_those_of_the_safetensors(golden_folder, tmp_path):
+    folder, golden = golden_folder("llama_gqa_tied")
+    tensors = load_file(folder / "model.safetensors")
+    path = write(tmp_path / "model.gguf", tensors)
+    module = load(path)
+    assert module.config.tie_embeddings
+    tokens = jnp.asarray(golden["tokens"], jnp.int32)
+    np.testing.assert_allclose(module(tokens), golden["logits"], atol=1e-4)
+    assert generation_defaults(path).eos_ids == (3,)
+    assert load(path, dtype="bfloat16").embedding.table[...].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0])
+def test_block_formats(tmp_path, kind):
+    value = np.random.RandomState(0).normal(0, 1, (3, 64)).astype(np.float32)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("w", gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = GgufStore(tmp_path / "x.gguf")
+    assert store.shapes == {"w": (3, 64)}
+    read = store.read("w")
+    assert read.dtype == np.float32
+    spread = value.max() - value.min()
+    tolerance = {Q.F16: 1e-3, Q.BF16: 1e-2, Q.Q8_0: 1e-2}.get(kind, spread / 12)
+    np.testing.assert_allclose(read, value, atol=float(tolerance), rtol=5e-3)
+
+
+@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K])
+def test_k_quants_are_dequantised_by_the_package(tmp_path, kind):
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.RandomState(1).randint(0, 50, (2, 2 * size)).astype(np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("w", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = GgufStore(tmp_path / "x.gguf")
+    assert store.shapes == {"w": (2, 512)}
+    np.testing.assert_array_equal(store.read("w"), gguf.quants.dequantize(raw, kind))
+
+
+def test_metadata_agrees_with_the_packages_reader(golden_folder, tmp_path):
+    folder, _ = golden_folder("llama_gqa_tied")
+    extra = (
+        lambda w: w.add_tokenizer_model("gpt2"),
+        lambda w: w.add_token_list(["a", "b c", "é"]),
+        lambda w: w.add_token_types([1, 1, 3]),
+        lambda w: w.add_array("floats", [0.5, 1.5]),
+        lambda w: w.add_bool("yes", True),
+    )
+    path = write(tmp_path / "m.gguf", load_file(folder / "model.safetensors"), extra=extra)
+    ours, reader = GgufStore(path), gguf.GGUFReader(path)
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert ours.metadata == fields
+    for tensor in reader.tensors:
+        assert ours.shapes[tensor.name] == tuple(int(n) for n in reversed(tensor.shape))
+        np.testing.assert_array_equal(ours.read(tensor.name).ravel(), tensor.data.ravel())
+
+
+def test_rope_divisors_and_untied_output(golden_folder, tmp_path):
+    folder, _ = golden_folder("llama_gqa_tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    divisors = np.array([1.0, 2.5, 8.0], np.float32)
+    path = write(
+        tmp_path / "m.gguf", tensors, extra=[lambda w: w.add_tensor("rope_freqs.weight", divisors)]
+    )
+    module = load(path)
+    assert not module.config.tie_embeddings
+    scaling = RopeScaling(
+        "longrope", original_length=64, short_factor=(1.0, 2.5, 8.0),
+        long_factor=(1.0, 2.5, 8.0), attention_factor=1.0,
+    )  # fmt: skip
+    assert module.config.layers[0].attention.rope == RopeConfig(10000.0, scaling)
+
+
+def small(tmp_path) -> bytes:
+    writer = gguf.GGUFWriter(str(tmp_path / "s.gguf"), "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_tensor("w", np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return (tmp_path / "s.gguf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    return folder, small(folder)
+
+
+def test_every_truncation_is_one_sentence(small_file):
+    folder, data = small_file
+    for length in range(len(data)):
+        (folder / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(JaxherdError, match="cut.gguf.*truncated or no GGUF"):
+            GgufStore(folder / "cut.gguf")
+
+
+@hypothesis.settings(max_examples=200, deadline=1000)
+@hypothesis.given(at=st.integers(0, 10**6), value=st.integers(0, 2**64 - 1))
+def test_damaged_headers_never_hang_or_crash(small_file, at, value):
+    folder, data = small_file
+    at %= len(data) - 8
+    (folder / "bad.gguf").write_bytes(data[:at] + struct.pack("<Q", value) + data[at + 8 :])
+    try:
+        store = GgufStore(folder / "bad.gguf")
+        for name in store.shapes:
+            store.read(name)
+    except JaxherdError:
+        pass
+
+
+def test_other_architectures_are_refused(tmp_path):
+    for architecture, message in (("qwen2", "'qwen2' is not known"), ("llama", "token_embd")):
+        writer = gguf.GGUFWriter(str(tmp_path / f"{architecture}.gguf"), architecture)
+        writer.add_tensor("w", np.ones((2, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(JaxherdError, match=message):
+            load(tmp_path / f"{architecture}.gguf")
