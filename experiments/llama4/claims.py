@@ -41,7 +41,14 @@ def irope_data() -> RetrievalText:
         add_eos=False,
     )
     return RetrievalText(
-        text, pairs=4, occurrences=5, keys=16, values=16, plain_share=0.2, end_share=0.3
+        text,
+        pairs=4,
+        occurrences=4,
+        keys=8,
+        values=8,
+        planting="fused",
+        plain_share=0.2,
+        end_share=0.4,
     )
 
 
@@ -76,7 +83,7 @@ def irope_model(arm: str) -> DecoderConfig:
     return dataclasses.replace(base, layers=layers)
 
 
-def irope_experiment(arm: str, steps: int = 800, peak: float = 8e-3) -> Experiment:
+def irope_experiment(arm: str, steps: int = 800, peak: float = 4e-3) -> Experiment:
     """Return the training of an arm, with the measurements after it."""
     data = irope_data()
     stage = TrainStage(

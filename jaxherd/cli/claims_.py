@@ -1,8 +1,7 @@
 """`jaxherd claims`: the papers' claims, what was tried and what came out."""
 
-import json
+import json as json_lib
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -14,7 +13,7 @@ def main(
     ids: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     run: bool = False,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json: common.Json = False,
     readme: bool = False,
     workdir: Path = Path("runs/claims"),
 ) -> int:
@@ -26,7 +25,7 @@ def main(
         ids: `<paper>/<name>`; all claims if none is named.
         run: train every arm and seed that has no result yet, decide and write the record, its
             figure and the paper's README table; the same command resumes.
-        json_: print JSON instead of a table.
+        json: print JSON instead of a table.
         readme: write the README tables from the records.
         workdir: results of finished arms and seeds are kept here.
     """
@@ -52,8 +51,8 @@ def main(
         for paper in dict.fromkeys(claim.paper for claim in chosen):
             table.write_readme(paper, claims.values())
     shown = table.rows(chosen)
-    if json_:
-        print(json.dumps(shown, indent=2))
+    if json:
+        print(json_lib.dumps(shown, indent=2))
         return 0
     _print(shown)
     return 0
