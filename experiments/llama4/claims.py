@@ -27,7 +27,15 @@ LENGTH, CHUNK, LENGTHS = 64, 16, (64, 128, 256, 512)
 # At Scout's 8192 tokens 29 of 64 rotary pairs turn less than once; theta 80 keeps that share
 # (7 of 16) at 64 tokens.
 ROPE = RopeConfig(80.0)
-ARMS = ("irope", "all_rope", "local")
+# Scout's own theta: at 512 tokens most pairs hardly turn, so that the layer is nearly without RoPE.
+SLOW_ROPE = RopeConfig(500000.0)
+ARMS = {
+    "irope": "iRoPE",
+    "all_rope": "RoPE in every layer",
+    "all_rope_slow": "RoPE in every layer, theta 500,000 in the global one",
+    "global_rope": "RoPE in every layer, all global",
+    "local": "control: no global layer",
+}
 
 
 def irope_data() -> RetrievalText:
@@ -36,24 +44,24 @@ def irope_data() -> RetrievalText:
         corpus="python+shakespeare",
         tokenizer_config=TrainedBpe(512, max_bytes=8_000_000),
         sequence_length=LENGTH,
-        batch_size=32,
+        batch_size=16,
         add_bos=False,
         add_eos=False,
     )
     return RetrievalText(
         text,
-        pairs=4,
+        pairs=8,
         occurrences=4,
         keys=8,
         values=8,
         planting="fused",
         plain_share=0.2,
-        end_share=0.4,
+        end_share=0.3,
     )
 
 
 def irope_model(arm: str) -> DecoderConfig:
-    """Return the model of an arm; all three have the same number of parameters."""
+    """Return the model of an arm; all have the same number of parameters."""
     base = presets.llama4_text(
         vocab_size=irope_data().vocab_size,
         embed_dim=64,
@@ -68,22 +76,28 @@ def irope_model(arm: str) -> DecoderConfig:
         temperature=TemperatureTuning(floor_scale=LENGTH),
         max_length=max(LENGTHS),
         init_std=0.1,
+        tie_embeddings=True,
         scale_residual_init=True,
     )
-    chunked = base.layers[0].attention
-
-    def of_arm(attention):
-        if arm == "irope" or attention.rope is not None:
-            return attention
-        return chunked if arm == "local" else dataclasses.replace(attention, rope=ROPE)
-
+    chunked, nope = base.layers[0].attention, base.layers[-1].attention
+    local, full = {
+        "irope": (chunked, nope),
+        "all_rope": (chunked, dataclasses.replace(nope, rope=ROPE)),
+        "all_rope_slow": (chunked, dataclasses.replace(nope, rope=SLOW_ROPE)),
+        "global_rope": (
+            dataclasses.replace(chunked, kind="causal", size=None),
+            dataclasses.replace(nope, rope=ROPE),
+        ),
+        "local": (chunked, chunked),
+    }[arm]
     layers = tuple(
-        dataclasses.replace(layer, attention=of_arm(layer.attention)) for layer in base.layers
+        dataclasses.replace(layer, attention=full if layer.attention == nope else local)
+        for layer in base.layers
     )
     return dataclasses.replace(base, layers=layers)
 
 
-def irope_experiment(arm: str, steps: int = 800, peak: float = 4e-3) -> Experiment:
+def irope_experiment(arm: str, steps: int = 600, peak: float = 4e-3) -> Experiment:
     """Return the training of an arm, with the measurements after it."""
     data = irope_data()
     stage = TrainStage(
@@ -151,6 +165,11 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
         found = values(arm, name)
         return f"{min(found):{form}} to {max(found):{form}}"
 
+    for arm in ("all_rope_slow", "global_rope"):
+        reasons += (
+            f"reported, not decided upon: {ARMS[arm]}: retrieval {span(arm, first, '.2f')} at L, "
+            f"{span(arm, last, '.2f')} at 8L, harm {span(arm, 'loss_harm', '+.3f')}",
+        )
     ours = (
         f"retrieval at 8L: {span('irope', last, '.2f')} against {span('all_rope', last, '.2f')} "
         f"with RoPE everywhere; harm to the loss beyond L: {span('irope', 'loss_harm', '+.3f')} "
@@ -161,11 +180,6 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
 
 def irope_draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw retrieval by length and harm to the loss by position, a line a seed."""
-    names = {
-        "irope": "iRoPE",
-        "all_rope": "RoPE in every layer",
-        "local": "control: no global layer",
-    }
     buckets = range(1, LENGTHS[-1] // LENGTH + 1)
 
     def of(arm: str, value: Callable[[Mapping[str, float]], list[float]]) -> list[list[float]]:
@@ -183,7 +197,7 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
                 "x": list(LENGTHS),
                 "series": {
                     label: of(arm, lambda n: [n[f"accuracy/{length}"] for length in LENGTHS])
-                    for arm, label in names.items()
+                    for arm, label in ARMS.items()
                 },
                 "x_label": f"length of the row (tokens); trained at {LENGTH}",
                 "y_label": "share of values retrieved",
@@ -193,7 +207,7 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
             },
             {
                 "x": [(b - 0.5) * LENGTH for b in buckets],
-                "series": {label: of(arm, harm) for arm, label in names.items()},
+                "series": {label: of(arm, harm) for arm, label in ARMS.items()},
                 "x_label": f"position of the token; trained to {LENGTH}",
                 "y_label": "nats a token",
                 "title": "Loss in the long row minus in windows of the trained length",
@@ -215,18 +229,27 @@ IROPE_LENGTH = Claim(
     ),
     protocol="""\
 Models of Scout's shape, four layers, width 64, 4 query and 2 key/value heads of 32, dense SwiGLU
-feed-forward of 192 (no experts: routing is not what is tried): three layers of chunked attention
-(chunk 16) with RoPE and QK norm, the fourth global without RoPE, with temperature tuning
-(floor_scale = L).  Arm all_rope differs in one field: its global layer has RoPE.  Arm local, the
-control that must fail, has chunked attention in all four layers.  Theta is 80, which keeps Scout's
-share of rotary pairs (29 of 64, here 7 of 16) that turn less than once within the trained length.
-Trained at L = 64 on Python's sources and Shakespeare, BPE of 512 tokens, 32 rows a step; 80 % of the
-rows carry 4 key-value pairs in symbols of their own, asked later in the row.  After training, on
-held-out text: (1) rows of L, 2L, 4L and 8L with 4 pairs anywhere and all four asked at the end,
-share of values that are the most probable of all tokens; (2) plain rows of 8L, loss by position
-minus the loss of the same tokens read in windows of L, averaged over positions from L on.
-Learning rate, initial scale, number of steps and the mix of rows were tuned on seed 100, which is
-not among the seeds; so were the thresholds, before any of the recorded runs.
+feed-forward of 192 (no experts: routing is not what is tried), tied embeddings: three layers of
+chunked attention (chunk 16) with RoPE and QK norm, the fourth global without RoPE, with temperature
+tuning (floor_scale = L).  Theta is 80, which keeps Scout's share of rotary pairs that turn less
+than once within the trained length (29 of 64, here 7 of 16).
+
+Arm all_rope differs from irope in one field: its global layer has RoPE.  Arm local, the control
+that must fail, has chunked attention in all four layers.  Two more arms are reported and not
+decided upon: all_rope_slow is all_rope with theta 500,000 in the global layer, which at these
+lengths is nearly no RoPE; global_rope is all_rope without chunks.
+
+Trained at L = 64 on Python's sources and Shakespeare, BPE of 512 tokens, 16 rows a step.  80 % of
+the rows carry 8 symbols planted at random places, each of which stands for one of 8 keys with one
+of 8 values; later in the row the key's own symbol asks for it.  After training, on held-out text:
+(1) rows of L, 2L, 4L and 8L with 8 symbols anywhere and all keys asked at the end: share of values
+that are the most probable of all tokens; (2) plain rows of 8L: loss by position minus the loss of
+the same tokens read in windows of L, averaged over positions from L on.
+
+Learning rate, initial scale, steps and rows were tuned on seed 100, which is not among the seeds,
+and so was the kind of retrieval: key and value as two tokens, which takes two steps of attention,
+was not learned in the time given here by either arm.  Thresholds were fixed after seed 100 and
+before any recorded run.
 """,
     metric="retrieval accuracy at 8L (share); harm of length to the loss beyond L (nats a token)",
     baselines=("all_rope",),
@@ -240,7 +263,7 @@ not among the seeds; so were the thresholds, before any of the recorded runs.
         "saved": 0.02,
     },
     seeds=(0, 1, 2),
-    arms=ARMS,
+    arms=tuple(ARMS),
     run=irope_run,
     decide=irope_decide,
     settings={arm: irope_experiment(arm) for arm in ARMS},
