@@ -33,7 +33,6 @@ ARMS = {
     "irope": "iRoPE",
     "all_rope": "RoPE in every layer",
     "all_rope_slow": "RoPE in every layer, theta 500,000 in the global one",
-    "global_rope": "RoPE in every layer, all global",
     "local": "control: no global layer",
 }
 
@@ -84,10 +83,6 @@ def irope_model(arm: str) -> DecoderConfig:
         "irope": (chunked, nope),
         "all_rope": (chunked, dataclasses.replace(nope, rope=ROPE)),
         "all_rope_slow": (chunked, dataclasses.replace(nope, rope=SLOW_ROPE)),
-        "global_rope": (
-            dataclasses.replace(chunked, kind="causal", size=None),
-            dataclasses.replace(nope, rope=ROPE),
-        ),
         "local": (chunked, chunked),
     }[arm]
     layers = tuple(
@@ -134,7 +129,6 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
     kept = min(values("irope", last))
     ahead = kept - max(values("all_rope", last))
     harm = max(values("irope", "loss_harm"))
-    saved = min(values("all_rope", "loss_harm")) - harm
     rules = {
         "sound": [
             (learned >= threshold["learned"], f"both arms learned retrieval at L: least accuracy "
@@ -148,9 +142,7 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
             (ahead >= threshold["ahead"], f"least of iRoPE minus greatest of all-RoPE at 8L: "
              f"{ahead:+.3f}, wanted at least {threshold['ahead']}"),
             (harm <= threshold["harm"], f"length does iRoPE's loss little harm beyond L: greatest "
-             f"{harm:+.3f} nats a token, wanted at most {threshold['harm']}"),
-            (saved >= threshold["saved"], f"least harm of all-RoPE minus greatest of iRoPE: "
-             f"{saved:+.3f} nats a token, wanted at least {threshold['saved']}"),
+             f"{harm:+.4f} nats a token, wanted at most {threshold['harm']}"),
         ],
     }  # fmt: skip
     reasons = tuple(
@@ -165,15 +157,18 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
         found = values(arm, name)
         return f"{min(found):{form}} to {max(found):{form}}"
 
-    for arm in ("all_rope_slow", "global_rope"):
-        reasons += (
-            f"reported, not decided upon: {ARMS[arm]}: retrieval {span(arm, first, '.2f')} at L, "
-            f"{span(arm, last, '.2f')} at 8L, harm {span(arm, 'loss_harm', '+.3f')}",
-        )
+    saved = min(values("all_rope", "loss_harm")) - harm
+    reasons += (
+        f"reported, not decided upon: {ARMS['all_rope_slow']}: retrieval "
+        f"{span('all_rope_slow', first, '.3f')} at L, {span('all_rope_slow', last, '.3f')} at 8L, "
+        f"harm to the loss {span('all_rope_slow', 'loss_harm', '+.4f')}",
+        f"reported, not decided upon: least harm to the loss of all-RoPE minus greatest of iRoPE: "
+        f"{saved:+.4f} nats a token",
+    )
     ours = (
         f"retrieval at 8L: {span('irope', last, '.2f')} against {span('all_rope', last, '.2f')} "
-        f"with RoPE everywhere; harm to the loss beyond L: {span('irope', 'loss_harm', '+.3f')} "
-        f"against {span('all_rope', 'loss_harm', '+.3f')} nats a token"
+        f"with RoPE everywhere; harm to the loss beyond L: {span('irope', 'loss_harm', '+.4f')} "
+        f"against {span('all_rope', 'loss_harm', '+.4f')} nats a token"
     )
     return Decision(verdict, reasons, ours)
 
@@ -220,8 +215,9 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
 IROPE_LENGTH = Claim(
     id="llama4/irope-length",
     statement=(
-        "Interleaved layers without positional encoding (iRoPE) let a model read and retrieve at "
-        "8 times its trained length, where the same model with RoPE in every layer does not."
+        "With layers without positional encoding in between (iRoPE), a model retrieves at 8 times "
+        "its trained length, and its loss is unharmed there; the same model with RoPE in every "
+        "layer no longer retrieves."
     ),
     paper_figure=(
         "none published for this comparison; disclosed: trained at 256K, context to 10M credited "
@@ -235,9 +231,9 @@ tuning (floor_scale = L).  Theta is 80, which keeps Scout's share of rotary pair
 than once within the trained length (29 of 64, here 7 of 16).
 
 Arm all_rope differs from irope in one field: its global layer has RoPE.  Arm local, the control
-that must fail, has chunked attention in all four layers.  Two more arms are reported and not
-decided upon: all_rope_slow is all_rope with theta 500,000 in the global layer, which at these
-lengths is nearly no RoPE; global_rope is all_rope without chunks.
+that must fail, has chunked attention in all four layers.  Arm all_rope_slow is all_rope with theta
+500,000 in the global layer, which at these lengths is nearly no RoPE; it is reported and not
+decided upon.
 
 Trained at L = 64 on Python's sources and Shakespeare, BPE of 512 tokens, 16 rows a step.  80 % of
 the rows carry 8 symbols planted at random places, each of which stands for one of 8 keys with one
@@ -248,19 +244,21 @@ the same tokens read in windows of L, averaged over positions from L on.
 
 Learning rate, initial scale, steps and rows were tuned on seed 100, which is not among the seeds,
 and so was the kind of retrieval: key and value as two tokens, which takes two steps of attention,
-was not learned in the time given here by either arm.  Thresholds were fixed after seed 100 and
-before any recorded run.
+was not learned in the time given here.  Thresholds were fixed after seed 100 and before any
+recorded run.  On seed 100 neither arm's loss was harmed by length (-0.003 and +0.002 nats): models
+trained so briefly hardly use far text.  A run of seed 100 with 2.7 times the tokens and other rows,
+in which retrieval was not learned, gave +0.011 and +0.084.  So the loss is a condition on iRoPE
+alone, and the difference between the arms is reported only.
 """,
     metric="retrieval accuracy at 8L (share); harm of length to the loss beyond L (nats a token)",
     baselines=("all_rope",),
     controls=("local",),
     threshold={
         "learned": 0.9,
-        "blind": 0.4,
-        "kept": 0.5,
-        "ahead": 0.1,
+        "blind": 0.3,
+        "kept": 0.8,
+        "ahead": 0.3,
         "harm": 0.05,
-        "saved": 0.02,
     },
     seeds=(0, 1, 2),
     arms=tuple(ARMS),
