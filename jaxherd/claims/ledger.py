@@ -132,6 +132,7 @@ def run_arm(
     """Return {"numbers", "seconds"} of one arm and seed, from an earlier run if there was one.
 
     Different arms and seeds may run in processes of their own, over one work folder.
+    After a stop, "seconds" are those of the last attempt.
     """
     place = workdir / f"{claim.paper}-{claim.name}-{claim.protocol_hash()}" / f"{arm}-{seed}"
     kept = place / "result.json"
