@@ -27,7 +27,14 @@ LENGTH, CHUNK, LENGTHS = 64, 16, (64, 128, 256, 512)
 # At Scout's 8192 tokens 29 of 64 rotary pairs turn less than once; theta 80 keeps that share
 # (7 of 16) at 64 tokens.
 ROPE = RopeConfig(80.0)
-ARMS = ("irope", "all_rope", "local")
+# Scout's own theta: at 512 tokens most pairs hardly turn, so that the layer is nearly without RoPE.
+SLOW_ROPE = RopeConfig(500000.0)
+ARMS = {
+    "irope": "iRoPE",
+    "all_rope": "RoPE in every layer",
+    "all_rope_slow": "RoPE in every layer, theta 500,000 in the global one",
+    "local": "control: no global layer",
+}
 
 
 def irope_data() -> RetrievalText:
@@ -36,17 +43,24 @@ def irope_data() -> RetrievalText:
         corpus="python+shakespeare",
         tokenizer_config=TrainedBpe(512, max_bytes=8_000_000),
         sequence_length=LENGTH,
-        batch_size=32,
+        batch_size=16,
         add_bos=False,
         add_eos=False,
     )
     return RetrievalText(
-        text, pairs=4, occurrences=5, keys=16, values=16, plain_share=0.2, end_share=0.3
+        text,
+        pairs=8,
+        occurrences=4,
+        keys=8,
+        values=8,
+        planting="fused",
+        plain_share=0.2,
+        end_share=0.3,
     )
 
 
 def irope_model(arm: str) -> DecoderConfig:
-    """Return the model of an arm; all three have the same number of parameters."""
+    """Return the model of an arm; all have the same number of parameters."""
     base = presets.llama4_text(
         vocab_size=irope_data().vocab_size,
         embed_dim=64,
@@ -61,22 +75,24 @@ def irope_model(arm: str) -> DecoderConfig:
         temperature=TemperatureTuning(floor_scale=LENGTH),
         max_length=max(LENGTHS),
         init_std=0.1,
+        tie_embeddings=True,
         scale_residual_init=True,
     )
-    chunked = base.layers[0].attention
-
-    def of_arm(attention):
-        if arm == "irope" or attention.rope is not None:
-            return attention
-        return chunked if arm == "local" else dataclasses.replace(attention, rope=ROPE)
-
+    chunked, nope = base.layers[0].attention, base.layers[-1].attention
+    local, full = {
+        "irope": (chunked, nope),
+        "all_rope": (chunked, dataclasses.replace(nope, rope=ROPE)),
+        "all_rope_slow": (chunked, dataclasses.replace(nope, rope=SLOW_ROPE)),
+        "local": (chunked, chunked),
+    }[arm]
     layers = tuple(
-        dataclasses.replace(layer, attention=of_arm(layer.attention)) for layer in base.layers
+        dataclasses.replace(layer, attention=full if layer.attention == nope else local)
+        for layer in base.layers
     )
     return dataclasses.replace(base, layers=layers)
 
 
-def irope_experiment(arm: str, steps: int = 800, peak: float = 8e-3) -> Experiment:
+def irope_experiment(arm: str, steps: int = 600, peak: float = 4e-3) -> Experiment:
     """Return the training of an arm, with the measurements after it."""
     data = irope_data()
     stage = TrainStage(
@@ -113,7 +129,6 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
     kept = min(values("irope", last))
     ahead = kept - max(values("all_rope", last))
     harm = max(values("irope", "loss_harm"))
-    saved = min(values("all_rope", "loss_harm")) - harm
     rules = {
         "sound": [
             (learned >= threshold["learned"], f"both arms learned retrieval at L: least accuracy "
@@ -127,9 +142,7 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
             (ahead >= threshold["ahead"], f"least of iRoPE minus greatest of all-RoPE at 8L: "
              f"{ahead:+.3f}, wanted at least {threshold['ahead']}"),
             (harm <= threshold["harm"], f"length does iRoPE's loss little harm beyond L: greatest "
-             f"{harm:+.3f} nats a token, wanted at most {threshold['harm']}"),
-            (saved >= threshold["saved"], f"least harm of all-RoPE minus greatest of iRoPE: "
-             f"{saved:+.3f} nats a token, wanted at least {threshold['saved']}"),
+             f"{harm:+.4f} nats a token, wanted at most {threshold['harm']}"),
         ],
     }  # fmt: skip
     reasons = tuple(
@@ -144,21 +157,24 @@ def irope_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
         found = values(arm, name)
         return f"{min(found):{form}} to {max(found):{form}}"
 
+    saved = min(values("all_rope", "loss_harm")) - harm
+    reasons += (
+        f"reported, not decided upon: {ARMS['all_rope_slow']}: retrieval "
+        f"{span('all_rope_slow', first, '.3f')} at L, {span('all_rope_slow', last, '.3f')} at 8L, "
+        f"harm to the loss {span('all_rope_slow', 'loss_harm', '+.4f')}",
+        f"reported, not decided upon: least harm to the loss of all-RoPE minus greatest of iRoPE: "
+        f"{saved:+.4f} nats a token",
+    )
     ours = (
         f"retrieval at 8L: {span('irope', last, '.2f')} against {span('all_rope', last, '.2f')} "
-        f"with RoPE everywhere; harm to the loss beyond L: {span('irope', 'loss_harm', '+.3f')} "
-        f"against {span('all_rope', 'loss_harm', '+.3f')} nats a token"
+        f"with RoPE everywhere; harm to the loss beyond L: {span('irope', 'loss_harm', '+.4f')} "
+        f"against {span('all_rope', 'loss_harm', '+.4f')} nats a token"
     )
     return Decision(verdict, reasons, ours)
 
 
 def irope_draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw retrieval by length and harm to the loss by position, a line a seed."""
-    names = {
-        "irope": "iRoPE",
-        "all_rope": "RoPE in every layer",
-        "local": "control: no global layer",
-    }
     buckets = range(1, LENGTHS[-1] // LENGTH + 1)
 
     def of(arm: str, value: Callable[[Mapping[str, float]], list[float]]) -> list[list[float]]:
@@ -176,7 +192,7 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
                 "x": list(LENGTHS),
                 "series": {
                     label: of(arm, lambda n: [n[f"accuracy/{length}"] for length in LENGTHS])
-                    for arm, label in names.items()
+                    for arm, label in ARMS.items()
                 },
                 "x_label": f"length of the row (tokens); trained at {LENGTH}",
                 "y_label": "share of values retrieved",
@@ -186,7 +202,7 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
             },
             {
                 "x": [(b - 0.5) * LENGTH for b in buckets],
-                "series": {label: of(arm, harm) for arm, label in names.items()},
+                "series": {label: of(arm, harm) for arm, label in ARMS.items()},
                 "x_label": f"position of the token; trained to {LENGTH}",
                 "y_label": "nats a token",
                 "title": "Loss in the long row minus in windows of the trained length",
@@ -199,8 +215,9 @@ def irope_draw(record: Mapping[str, Any], path: Path) -> None:
 IROPE_LENGTH = Claim(
     id="llama4/irope-length",
     statement=(
-        "Interleaved layers without positional encoding (iRoPE) let a model read and retrieve at "
-        "8 times its trained length, where the same model with RoPE in every layer does not."
+        "With layers without positional encoding in between (iRoPE), a model retrieves at 8 times "
+        "its trained length, and its loss is unharmed there; the same model with RoPE in every "
+        "layer no longer retrieves."
     ),
     paper_figure=(
         "none published for this comparison; disclosed: trained at 256K, context to 10M credited "
@@ -208,32 +225,43 @@ IROPE_LENGTH = Claim(
     ),
     protocol="""\
 Models of Scout's shape, four layers, width 64, 4 query and 2 key/value heads of 32, dense SwiGLU
-feed-forward of 192 (no experts: routing is not what is tried): three layers of chunked attention
-(chunk 16) with RoPE and QK norm, the fourth global without RoPE, with temperature tuning
-(floor_scale = L).  Arm all_rope differs in one field: its global layer has RoPE.  Arm local, the
-control that must fail, has chunked attention in all four layers.  Theta is 80, which keeps Scout's
-share of rotary pairs (29 of 64, here 7 of 16) that turn less than once within the trained length.
-Trained at L = 64 on Python's sources and Shakespeare, BPE of 512 tokens, 32 rows a step; 80 % of the
-rows carry 4 key-value pairs in symbols of their own, asked later in the row.  After training, on
-held-out text: (1) rows of L, 2L, 4L and 8L with 4 pairs anywhere and all four asked at the end,
-share of values that are the most probable of all tokens; (2) plain rows of 8L, loss by position
-minus the loss of the same tokens read in windows of L, averaged over positions from L on.
-Learning rate, initial scale, number of steps and the mix of rows were tuned on seed 100, which is
-not among the seeds; so were the thresholds, before any of the recorded runs.
+feed-forward of 192 (no experts: routing is not what is tried), tied embeddings: three layers of
+chunked attention (chunk 16) with RoPE and QK norm, the fourth global without RoPE, with temperature
+tuning (floor_scale = L).  Theta is 80, which keeps Scout's share of rotary pairs that turn less
+than once within the trained length (29 of 64, here 7 of 16).
+
+Arm all_rope differs from irope in one field: its global layer has RoPE.  Arm local, the control
+that must fail, has chunked attention in all four layers.  Arm all_rope_slow is all_rope with theta
+500,000 in the global layer, which at these lengths is nearly no RoPE; it is reported and not
+decided upon.
+
+Trained at L = 64 on Python's sources and Shakespeare, BPE of 512 tokens, 16 rows a step.  80 % of
+the rows carry 8 symbols planted at random places, each of which stands for one of 8 keys with one
+of 8 values; later in the row the key's own symbol asks for it.  After training, on held-out text:
+(1) rows of L, 2L, 4L and 8L with 8 symbols anywhere and all keys asked at the end: share of values
+that are the most probable of all tokens; (2) plain rows of 8L: loss by position minus the loss of
+the same tokens read in windows of L, averaged over positions from L on.
+
+Learning rate, initial scale, steps and rows were tuned on seed 100, which is not among the seeds,
+and so was the kind of retrieval: key and value as two tokens, which takes two steps of attention,
+was not learned in the time given here.  Thresholds were fixed after seed 100 and before any
+recorded run.  On seed 100 neither arm's loss was harmed by length (-0.003 and +0.002 nats): models
+trained so briefly hardly use far text.  A run of seed 100 with 2.7 times the tokens and other rows,
+in which retrieval was not learned, gave +0.011 and +0.084.  So the loss is a condition on iRoPE
+alone, and the difference between the arms is reported only.
 """,
     metric="retrieval accuracy at 8L (share); harm of length to the loss beyond L (nats a token)",
     baselines=("all_rope",),
     controls=("local",),
     threshold={
         "learned": 0.9,
-        "blind": 0.4,
-        "kept": 0.5,
-        "ahead": 0.1,
+        "blind": 0.3,
+        "kept": 0.8,
+        "ahead": 0.3,
         "harm": 0.05,
-        "saved": 0.02,
     },
     seeds=(0, 1, 2),
-    arms=ARMS,
+    arms=tuple(ARMS),
     run=irope_run,
     decide=irope_decide,
     settings={arm: irope_experiment(arm) for arm in ARMS},

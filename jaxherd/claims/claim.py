@@ -100,11 +100,31 @@ class Claim:
         return self.id.split("/")[1]
 
     def protocol_hash(self) -> str:
-        """Return a hash of all that a result depends on: text, threshold, seeds, arms, settings."""
+        """Return a hash of all that a result depends on: text, threshold, seeds, arms, settings.
+
+        Fields of the settings that have their default value do not count, so that a record does
+        not go stale because some config learned a new option.
+        """
         parts = {
-            f.name: describe(getattr(self, f.name))
+            f.name: _told(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.name not in ("run", "decide", "draw", "paper_figure")
         }
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _told(config: Any) -> Any:
+    """Return what `describe` returns, without fields at their default values."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if f.default is dataclasses.MISSING or value != f.default:
+                fields[f.name] = _told(value)
+        return {"class": type(config).__name__, **fields}
+    if isinstance(config, Mapping):
+        return {str(key): _told(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_told(item) for item in config]
+    return describe(config)

@@ -106,28 +106,15 @@ def run_claim(
     Raises:
       JaxherdError: a folder cannot be written, or an arm returned something that is no number.
     """
-    digest = claim.protocol_hash()
-    folder = workdir / f"{claim.paper}-{claim.name}-{digest}"
-    prepare_folder(folder)
+    prepare_folder(workdir)
     path = record_path(claim, root)
     _check_writable(path.parent)
     results: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in claim.arms}
     seconds, total = 0.0, len(claim.arms) * len(claim.seeds)
     pairs = [(seed, arm) for seed in claim.seeds for arm in claim.arms]
     for number, (seed, arm) in enumerate(pairs, 1):
-        place = folder / f"{arm}-{seed}"
-        label = f"{claim.id} {number}/{total}: {arm}, seed {seed}"
-        kept = place / "result.json"
-        if kept.is_file():
-            result = json.loads(kept.read_text(encoding="utf-8"))
-            say(f"{label}: finished earlier.")
-        else:
-            say(label)
-            place.mkdir(exist_ok=True)
-            started = time.monotonic()
-            numbers = _numbers(claim, arm, claim.run(seed, arm, place, say))
-            result = {"numbers": numbers, "seconds": time.monotonic() - started}
-            write_json(kept, result)
+        say(f"{claim.id} {number}/{total}: {arm}, seed {seed}")
+        result = run_arm(claim, arm, seed, workdir, say=say)
         results[arm][seed] = result["numbers"]
         seconds += result["seconds"]
     record = make_record(claim, results, seconds)
@@ -137,6 +124,27 @@ def run_claim(
     write_json(path, record)
     say(f"{claim.id}: {record['verdict']}; record in {path}")
     return record
+
+
+def run_arm(
+    claim: Claim, arm: str, seed: int, workdir: Path, *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Return {"numbers", "seconds"} of one arm and seed, from an earlier run if there was one.
+
+    Different arms and seeds may run in processes of their own, over one work folder.
+    After a stop, "seconds" are those of the last attempt.
+    """
+    place = workdir / f"{claim.paper}-{claim.name}-{claim.protocol_hash()}" / f"{arm}-{seed}"
+    kept = place / "result.json"
+    if kept.is_file():
+        say("finished earlier.")
+        return json.loads(kept.read_text(encoding="utf-8"))
+    place.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    numbers = _numbers(claim, arm, claim.run(seed, arm, place, say))
+    result = {"numbers": numbers, "seconds": time.monotonic() - started}
+    write_json(kept, result)
+    return result
 
 
 def make_record(
@@ -201,5 +209,5 @@ def _check_writable(folder: Path) -> None:
         writable = False
     if not writable:
         raise JaxherdError(
-            f"the record's folder {folder} cannot be written: run claims from a checkout of jaxherd."
+            f"the record's folder {folder} cannot be written: run claims from a checkout."
         )

@@ -1,19 +1,22 @@
 """Key-value pairs planted in real text: a retrieval task whose rows are those of packed text.
 
-A row is one stretch of one document with P pairs of symbols planted in it.  A pair is a key symbol
-followed by a value symbol; when a key comes again, its value is the next token to predict:
+A row is one stretch of one document with P pairs planted in it, each asked for later; the value is
+the next token to predict.  As "pair", a key symbol is followed by its value, which takes two steps
+of attention to recall (the token before, then the key); as "fused", one symbol stands for both, and
+the key comes alone as a question, which takes one:
 
-    ... text k7 v3 text text k2 v9 text ... text k2 [v9] text k7 [v3]
+    pair    ... text k7 v3 text text k2 v9 text ... text k2 [v9] text k7 [v3]
+    fused   ... text k7v3 text text k2v9 text ... text k2 [k2v9] text k7 [k7v3]
 
-Symbols lie beyond the tokenizer's vocabulary.  What cannot be known (a key's coming, its value at
-the first sight) has loss weight 0; text and asked values have weight 1.
+Symbols lie beyond the tokenizer's vocabulary.  What cannot be known (a symbol's coming, a value at
+first sight) has loss weight 0; text and asked values have weight 1.
 """
 
 import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -38,8 +41,9 @@ class RetrievalText:
       text: corpus, tokenizer (with a declared vocabulary size), T and batch sizes; an evaluation
         has `max_eval_batches` batches of rows drawn with a fixed seed.
       pairs: P, different keys of a row.
-      occurrences: how often each key comes in a spread row, the first time included.
-      keys, values: symbols of each kind.
+      occurrences: how often each pair comes in a spread row, the first time included.
+      keys, values: different keys, and values that each may have.
+      planting: "pair" or "fused", see above.
       plain_share: rows without pairs.
       end_share: of rows with pairs, those that are asked for every key once, at the very end, in
         random order; in the others all occurrences are spread over the row.
@@ -50,6 +54,7 @@ class RetrievalText:
     occurrences: int = 3
     keys: int = 64
     values: int = 64
+    planting: Literal["pair", "fused"] = "pair"
     plain_share: float = 0.25
     end_share: float = 0.5
 
@@ -66,7 +71,11 @@ class RetrievalText:
         for name in ("plain_share", "end_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise JaxherdError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        planted = 2 * self.pairs * max(self.occurrences, 2)
+        if self.planting not in ("pair", "fused"):
+            raise JaxherdError(
+                f"planting={self.planting!r}: " + nearest(self.planting, ("pair", "fused"))
+            )
+        planted = self.pairs * (self.plant_size + 2 * (self.occurrences - 1))
         if planted >= self.text.sequence_length:
             raise JaxherdError(
                 f"{self.pairs} pairs take {planted} of {self.text.sequence_length} tokens and "
@@ -92,7 +101,12 @@ class RetrievalText:
     @property
     def vocab_size(self) -> int:
         """Return the number of ids, symbols included."""
-        return self.first_value + self.values
+        return self.first_value + self.values * (self.keys if self.planting == "fused" else 1)
+
+    @property
+    def plant_size(self) -> int:
+        """Return the tokens of a planted pair; asking for it takes two in any case."""
+        return 1 if self.planting == "fused" else 2
 
     def batch_spec(self, split: str = "train") -> BatchSpec:
         """Return the global shapes of a batch; does no input or output."""
@@ -160,13 +174,14 @@ class RetrievalText:
     def answers(self, batch: Mapping[str, np.ndarray]) -> Int[np.ndarray, "N 3"]:
         """Return (row, place, planted) of each asked value.
 
-        At `place` the input is the key and the target its value; `planted` is the place of the
-        key's first occurrence in the row.
+        At `place` the input is the key and the target its value; `planted` is the place where the
+        pair first came in the row.
         """
         tokens, targets = np.asarray(batch["tokens"]), np.asarray(batch["targets"])
         asked = (targets >= self.first_value) & (np.asarray(batch["loss_weights"]) > 0)
         rows, places = np.nonzero(asked)
-        planted = (tokens[rows] == tokens[rows, places][:, None]).argmax(axis=1)
+        sought = targets if self.planting == "fused" else tokens
+        planted = (tokens[rows] == sought[rows, places][:, None]).argmax(axis=1)
         return np.stack([rows, places, planted], axis=1)
 
 
@@ -210,31 +225,36 @@ class _Rows(Sequence[Row]):
         if rng.random() < c.plain_share:
             known = np.ones(length, bool)
             return self._row(text, known)
-        keys = c.first_key + rng.choice(c.keys, c.pairs, replace=False)
+        keys = rng.choice(c.keys, c.pairs, replace=False)
         values = c.first_value + rng.integers(c.values, size=c.pairs)
+        if c.planting == "fused":
+            values += c.values * keys
         at_end = rng.random() < c.end_share
-        repeats = 1 if at_end else c.occurrences
-        events = rng.permutation(np.repeat(np.arange(c.pairs), repeats))
-        asked_at_end = rng.permutation(c.pairs) if at_end else np.zeros(0, np.int64)
-        filler = length + 1 - 2 * (len(events) + len(asked_at_end))
-        # Each event goes before some token of the text; several may stand side by side.
-        gaps = np.sort(rng.integers(filler, size=len(events)))
-        starts = gaps + 2 * np.arange(len(events))
+        spread = rng.permutation(np.repeat(np.arange(c.pairs), 1 if at_end else c.occurrences))
+        asked = rng.permutation(c.pairs) if at_end else np.zeros(0, np.int64)
+        events, planted, seen = [], [], set()
+        for pair in [*spread, *asked]:
+            planted.append(pair not in seen)
+            seen.add(int(pair))
+            whole = [c.first_key + keys[pair], values[pair]]
+            events.append(whole[-c.plant_size :] if planted[-1] else whole)
+        filler = length + 1 - sum(map(len, events))
+        # An event goes before some token of the text, several may stand side by side; or at the
+        # very end.
+        gaps = np.full(len(events), filler)
+        gaps[: len(spread)] = np.sort(rng.integers(filler, size=len(spread)))
+        sizes = np.cumsum([0, *map(len, events)])
         ids = np.zeros(length + 1, np.int32)
         is_text = np.ones(length + 1, bool)
-        known = np.ones(length, bool)
-        tail = length + 1 - 2 * len(asked_at_end) + 2 * np.arange(len(asked_at_end))
-        seen: set[int] = set()
-        for start, pair in zip([*starts, *tail], [*events, *asked_at_end]):
-            ids[start], ids[start + 1] = keys[pair], values[pair]
-            is_text[start : start + 2] = False
-            if start > 0:
-                known[start - 1] = False
-            if pair not in seen:
-                known[start] = False
-            seen.add(int(pair))
+        known = np.ones(length + 1, bool)  # whether the token at a place can be predicted
+        for number, symbols in enumerate(events):
+            start = gaps[number] + sizes[number]
+            stop = start + len(symbols)
+            ids[start:stop], is_text[start:stop] = symbols, False
+            known[start] = False
+            known[stop - 1] = not planted[number]
         ids[is_text] = text[:filler]
-        return self._row(ids, known)
+        return self._row(ids, known[1:])
 
     def _text(self, rng: np.random.Generator, size: int) -> np.ndarray:
         at = int(rng.integers(self._ends[-1]))

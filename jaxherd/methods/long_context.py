@@ -125,7 +125,8 @@ class LengthSweep:
     def measure(self, model: Any) -> dict[str, float]:
         """Return the numbers.
 
-        `accuracy/T` and `accuracy/T/depth i of n` for rows of T tokens; `loss/bucket i` by
+        `accuracy/T` and `accuracy/T/depth i of n` for rows of T tokens, without the last depths of
+        short rows, where the questions leave no room for a key; `loss/bucket i` by
         position in the longest rows and `loss_in_windows/bucket i` of the same tokens in windows
         of the trained length (nats a token); `loss_harm`, the mean difference of the two beyond
         the trained length.
@@ -137,6 +138,8 @@ class LengthSweep:
             accuracy, by_depth = retrieval_accuracy(model, data, self.depths)
             numbers[f"accuracy/{length}"] = accuracy
             for part, value in enumerate(by_depth, 1):
+                if np.isnan(value):
+                    continue
                 numbers[f"accuracy/{length}/depth {part} of {self.depths}"] = float(value)
         losses = loss_by_position(model, self._at(max(self.lengths), plain_share=1.0), trained)
         for name, label in (("whole", "loss"), ("windows", "loss_in_windows")):

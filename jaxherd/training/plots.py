@@ -116,6 +116,7 @@ def seed_curves(
     """
     figure, axes = new_figure(5.2 * len(panels), 3.8)
     figure.clear()
+    named: dict[str, Any] = {}
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         axes.spines[["top", "right"]].set_visible(False)
@@ -141,6 +142,10 @@ def seed_curves(
         axes.set_xlabel(panel["x_label"])
         axes.set_ylabel(panel["y_label"])
         axes.set_title(panel["title"], fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+    # One legend below all panels: inside, it would cover lines.
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -110,6 +110,19 @@ def test_changed_protocol_makes_a_record_stale_and_runs_anew(root, change):
     assert ledger.status(changed, ledger.read_record(changed, root)) != "stale"
 
 
+def test_new_option_at_its_default_leaves_the_hash_alone():
+    old = dataclasses.make_dataclass("Config", [("steps", int)], frozen=True)
+    new = dataclasses.make_dataclass(
+        "Config", [("steps", int), ("option", bool, False)], frozen=True
+    )
+    hashes = [
+        make(settings={"arm": config}).protocol_hash()
+        for config in (old(3), new(3), new(3, True), new(4))
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
 def test_threshold_decides(root):
     assert run(make(threshold={"margin": 2.6}), root)["verdict"] == "does not hold"
 

@@ -60,14 +60,39 @@ def test_rows_are_text_with_answerable_pairs(data):
     assert kinds == {0, data.pairs}
 
 
-def test_answers_find_every_asked_value(data):
+def test_fused_symbols_are_asked_for_by_their_key(data):
+    data = dataclasses.replace(data, planting="fused", plain_share=0.0)
+    for batch in take(data, 4):
+        batch_lib.check(batch, data.batch_spec())
+        for tokens, targets, weights in zip(
+            batch["tokens"], batch["targets"], batch["loss_weights"]
+        ):
+            seen = {int(tokens[0])}
+            for token, following, weight in zip(tokens, targets, weights):
+                if following >= data.first_value:
+                    key = (following - data.first_value) // data.values
+                    # A question comes before each symbol that came already, and only there.
+                    assert (token == data.first_key + key) == (following in seen)
+                    assert weight == (following in seen)
+                else:
+                    assert weight == (following < data.first_key)
+                seen.add(int(following))
+    for row, place, planted in data.answers(batch):
+        assert batch["targets"][row, place] == batch["tokens"][row, planted]
+        assert planted < place
+    assert len(data.answers(batch)) > 0
+
+
+@pytest.mark.parametrize("planting", ["pair", "fused"])
+def test_answers_find_every_asked_value(data, planting):
+    data = dataclasses.replace(data, planting=planting)
     asked = replace_length(data, 64, plain_share=0.0, end_share=1.0)
     batch = take(asked, 1)[0]
     answers = asked.answers(batch)
     assert len(answers) == 8 * data.pairs
     for row, place, planted in answers:
-        assert batch["targets"][row, place] == batch["tokens"][row, planted + 1]
-        assert batch["tokens"][row, place] == batch["tokens"][row, planted]
+        after = data.plant_size - 1
+        assert batch["targets"][row, place] == batch["tokens"][row, planted + after]
         assert planted < 64 - 2 * data.pairs <= place + 1
     spread = dataclasses.replace(data, plain_share=0.0, end_share=0.0)
     answers = spread.answers(take(spread, 1)[0])

@@ -73,6 +73,7 @@ def test_accuracy_falls_where_the_model_cannot_reach(data):
     assert all(numbers[f"accuracy/{length}"] == 1.0 for length in (32, 64, 128))
     numbers = sweep(data).measure(Recall(data, reach=40))
     assert numbers["accuracy/32"] == 1.0
+    assert np.isfinite(list(numbers.values())).all()
     assert numbers["accuracy/128/depth 1 of 4"] == 0.0
     assert numbers["accuracy/128/depth 4 of 4"] == 1.0
     assert 0.0 < numbers["accuracy/128"] < numbers["accuracy/64"] < 1.0

@@ -1,0 +1,64 @@
+"""The verb `jaxherd claims`."""
+
+import json
+import textwrap
+
+import pytest
+
+from jaxherd.claims import table
+from jaxherd.cli import claims_
+from jaxherd.cli.main import main
+from jaxherd.core import resources
+
+SOURCE = """
+    from jaxherd.claims.claim import Claim, Decision
+
+    CLAIMS = (
+        Claim(
+            "paper/effect", "Ours wins.", "2.0 [TAG]", "Add up.", "score", (), (), {"a": 1.0},
+            (0, 1, 2), ("ours",), lambda seed, arm, folder, say: {"score": seed + 1.0},
+            lambda results, threshold: Decision("holds", ("met",), "1.0 to 3.0"),
+        ),
+    )
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments"
+    (folder / "paper").mkdir(parents=True)
+    (folder / "paper" / "claims.py").write_text(textwrap.dedent(SOURCE))
+    (folder / "paper" / "README.md").write_text(f"{table.BEGIN}\n{table.END}\n")
+    monkeypatch.setattr(resources, "folder", lambda name: folder)
+    monkeypatch.chdir(tmp_path)
+    # The verb gives tests' jax to nobody else.
+    monkeypatch.setattr(claims_.common, "local_devices", lambda on: ())
+    return folder
+
+
+def shown(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_table_before_and_after_a_run(root, capsys):
+    assert main(["claims", "--json"]) == 0
+    assert [row["verdict"] for row in shown(capsys)] == ["not run"]
+    assert main(["claims", "paper/effect", "--run", "--json"]) == 0
+    (row,) = shown(capsys)
+    assert (row["verdict"], row["ours"], row["seeds"]) == ("holds", "1.0 to 3.0", 3)
+    assert "| holds |" in (root / "paper" / "README.md").read_text()
+    assert main(["claims"]) == 0
+    text = capsys.readouterr().out
+    assert "paper/effect" in text and "[TAG]" in text and "holds" in text
+
+
+def test_readme_is_written_from_records(root, capsys):
+    assert main(["claims", "--readme"]) == 0
+    assert "| not run |" in (root / "paper" / "README.md").read_text()
+
+
+def test_mistakes_are_one_sentence(root, capsys):
+    assert main(["claims", "paper/efect"]) == 2
+    assert "did you mean 'paper/effect'" in capsys.readouterr().err
+    assert main(["claims", "--run"]) == 2
+    assert "name the claims to run" in capsys.readouterr().err
