@@ -147,16 +147,24 @@ def state_shardings(
       param_shardings: a like tree.
       other: the sharding of counters and of leaves whose shape is no parameter's.
     """
-    state = jax.eval_shape(optimizer.init, params)
+    # A moment's path ends with its parameter's, whatever optax wraps around it.
+    known = {
+        _keys(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(param_shardings)
+        )
+    }
 
-    def like(leaf, parameter, sharding):
-        return sharding if leaf.shape == parameter.shape else other
+    def like(path, leaf):
+        keys = _keys(path)
+        for start in range(len(keys)):
+            shape, sharding = known.get(keys[start:], (None, other))
+            if shape == leaf.shape:
+                return sharding
+        return other
 
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        like,
-        state,
-        params,
-        param_shardings,
-        transform_non_params=lambda _: other,
-    )
+    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(optimizer.init, params))
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

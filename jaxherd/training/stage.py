@@ -458,7 +458,8 @@ def evaluate(
     for number, batch in enumerate(batches):
         if number == evaluation.max_batches:
             break
-        sums = program.evaluate(state, batch_lib.to_global(batch, program.batch_shardings), None)
+        placed = batch_lib.to_global(batch, program.batch_shardings)
+        sums = program.evaluate(state, placed, None, evaluation.objective)
         total = sums if total is None else metrics_lib.add(total, sums)
     _close(batches)
     if total is None:

@@ -106,11 +106,7 @@ class Program:
             donate_argnums=(0,),
             compiler_options=dict(compiler_options) if compiler_options else None,
         )
-        self.evaluate = jax.jit(
-            self._evaluate,
-            in_shardings=(self.state_shardings(), self.batch_shardings, None),
-            out_shardings=self._replicated,
-        )
+        self._evaluations: dict[Any, Any] = {}
 
     def _build(self, key: jax.Array) -> Any:
         return cast_floating(self.model_config.build(key), jnp.dtype(self.config.param_dtype))
@@ -164,10 +160,10 @@ class Program:
         """Return the model with the current parameters."""
         return self.definition.merge(state.params, state.buffers)
 
-    def _loss(self, params, buffers, batch, key, frozen):
+    def _loss(self, params, buffers, batch, key, frozen, objective=None):
         params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
         model = self.definition.merge(params, buffers)
-        return self.objective(model, batch, key, frozen=frozen)
+        return (objective or self.objective)(model, batch, key, frozen=frozen)
 
     def _step(self, state: TrainState, batch, frozen):
         with self.partitioner.activate():
@@ -238,9 +234,21 @@ class Program:
         gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), total, state.params)
         return gradients, sums
 
-    def _evaluate(self, state: TrainState, batch, frozen):
-        with self.partitioner.activate():
-            _, sums = self._loss(
-                state.params, state.buffers, batch, jax.random.wrap_key_data(state.key), frozen
+    def evaluate(
+        self, state: TrainState, batch: Mapping[str, Any], frozen: Any = None, objective: Any = None
+    ) -> metrics_lib.Metrics:
+        """Return the metric sums of a batch; of the step's own objective when None is given."""
+        objective = self.objective if objective is None else objective
+        if objective not in self._evaluations:
+
+            def run(state, batch, frozen):
+                with self.partitioner.activate():
+                    key = jax.random.wrap_key_data(state.key)
+                    return self._loss(state.params, state.buffers, batch, key, frozen, objective)[1]
+
+            self._evaluations[objective] = jax.jit(
+                run,
+                in_shardings=(self.state_shardings(), self.batch_shardings, None),
+                out_shardings=self._replicated,
             )
-            return sums
+        return self._evaluations[objective](state, batch, frozen)
