@@ -6,7 +6,7 @@ section 7.  Data mixture, optimiser, learning rate, batch size and balancing wer
 the values here are jaxherd's choices, not Meta's.
 
 Scales
-  cpu   a Scout-shaped model of 13M parameters (2M active) on Python's sources and Shakespeare,
+  cpu   a Scout-shaped model of 7M parameters (1.5M active) on Python's sources and Shakespeare,
         about four minutes on two cores; held-out bits per byte falls below 2.5.
   gpu   1.7B parameters (0.4B active) on one host of 8 GPUs, C4.
   full  the released size on v5p:4x4x8 (128 chips), 8,192 tokens a chip and step (1.05M a step).
@@ -48,7 +48,7 @@ def _cpu() -> tuple[TrainStage, ...]:
     model = presets.llama4_text(
         vocab_size=2048,
         embed_dim=128,
-        num_layers=8,
+        num_layers=4,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
