@@ -50,8 +50,11 @@ def cheap():
     """The laptop's model on four chips: the same step, small enough to compile in a test."""
     pytest.importorskip("libtpu")
     experiment = catalog.load("llama4/scout", "cpu").with_overrides(OVERRIDES)
-    with jax.enable_compilation_cache(False):
-        return plan_stage(experiment, experiment.stages[0], parse_target("v5e:2x2"))
+    # What is read is what was compiled now, not a program kept from before.
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield plan_stage(experiment, experiment.stages[0], parse_target("v5e:2x2"))
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 def test_cheap_plan_compiles_to_what_is_committed(cheap):

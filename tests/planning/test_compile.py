@@ -110,7 +110,8 @@ def test_bounds_are_consistent(plan):
     assert plan.compute_seconds == pytest.approx(FLOPS / (target.chips * target.chip.peak("bf16")))
     longest = max(plan.compute_seconds, plan.hbm_seconds)
     assert plan.estimated_step_seconds == pytest.approx(longest + plan.exposed_seconds)
-    assert 0 < plan.mfu_bound < 1
+    assert plan.mfu_bound == pytest.approx(plan.compute_seconds / longest)
+    assert 0 < plan.mfu_bound <= 1
     assert 0 <= plan.exposed_collective_share <= 1
     assert 0 <= plan.non_matmul_share < 1
     # The compiler's own estimate of the matmuls is not far below the peak's.
