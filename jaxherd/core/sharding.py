@@ -43,7 +43,7 @@ class Partitioner:
         slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
         if slices > 1 and layout.slice == 1:
             layout = dataclasses.replace(layout, slice=slices)
-        if layout.slice not in (1, slices) and slices > 1:
+        if slices > 1 and layout.slice != slices:
             raise JaxherdError(
                 f"layout {layout.name!r} has slice={layout.slice} and the target has {slices} slices."
             )

@@ -1,7 +1,5 @@
 """One entry to attention; `implementation` says which code runs."""
 
-from typing import Literal
-
 from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError, nearest
@@ -9,7 +7,6 @@ from jaxherd.core.platform import platform
 from jaxherd.kernels.attention import reference
 from jaxherd.kernels.attention.mask import AttentionMask
 
-Implementation = Literal["reference", "xla", "splash"]
 IMPLEMENTATIONS = ("reference", "xla", "splash")
 
 # Below this many scores per head and row the whole score matrix is cheaper than a loop.

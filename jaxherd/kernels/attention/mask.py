@@ -7,7 +7,6 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 MaskKind = Literal["bidirectional", "causal", "chunked", "sliding_window"]
@@ -91,9 +90,3 @@ class AttentionMask:
             self_attention=False,
             contiguous=False,
         )
-
-
-def causal_mask(tokens_shape: tuple[int, int]) -> AttentionMask:
-    """Return the causal mask of rows that are one whole document each."""
-    positions = jnp.broadcast_to(jnp.arange(tokens_shape[1], dtype=jnp.int32), tokens_shape)
-    return AttentionMask(positions, positions, self_attention=True, contiguous=True)
