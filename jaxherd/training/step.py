@@ -1,7 +1,7 @@
-"""The train state and the jitted step: gradient accumulation, mixed precision, guards, donation."""
+"""The train state and the jitted step: phases, accumulation, mixed precision, guards, averages."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.guards import Guards, GuardState
 from jaxherd.training.optimizers import Optimizer, state_shardings
+from jaxherd.training.phases import Phase, phases_of
 
 
 @jax.tree_util.register_dataclass
@@ -24,9 +25,10 @@ class TrainState:
     Attributes:
       step: updates so far, skipped ones included.
       params, buffers: nested dictionaries of arrays.
-      optimizer: optax state.
+      optimizer: optax state; of several phases a dictionary by their names.
       guard: of the guards.
       key: raw data of the PRNG key of the run; each step folds its number in.
+      average: moving average of the parameters, or None where the step keeps none.
 
     The leaves may also be shapes, shardings or whatever Orbax keeps of them while it saves.
     """
@@ -37,6 +39,7 @@ class TrainState:
     optimizer: Any
     guard: Any
     key: Any
+    average: Any = None
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,15 +53,25 @@ class StepConfig:
       compute_dtype: parameters are cast to it for the forward and backward pass; they are stored
         and updated in `param_dtype`.
       accumulate: microbatches a step; the batch must divide by it.
+      average_decay: keep a moving average of the parameters, a' = d a + (1 - d) p, which
+        evaluations, callbacks and later stages use in their place; None keeps none.
+      average_every: updates between two steps of the average.
     """
 
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     accumulate: int = 1
+    average_decay: float | None = None
+    average_every: int = 1
 
     def __post_init__(self):
-        if self.accumulate < 1:
-            raise JaxherdError(f"step.accumulate must be at least 1, got {self.accumulate}.")
+        for name in ("accumulate", "average_every"):
+            if getattr(self, name) < 1:
+                raise JaxherdError(f"step.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
+            raise JaxherdError(
+                f"step.average_decay must be from 0 to below 1, got {self.average_decay}."
+            )
         for name in ("compute_dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise JaxherdError(
@@ -94,7 +107,11 @@ class Program:
         self._params, self._buffers = params, buffers
         param_axes, buffer_axes = self.definition.axes()
         self.schedule = optimizer.schedule.build(total_steps)
-        self.optimizer = optimizer.build(total_steps, param_axes)
+        self.phases = phases_of(objective, params)
+        self._optimizers = {
+            phase.name: (phase.optimizer or optimizer).build(total_steps, phase.take(param_axes)[0])
+            for phase in self.phases
+        }
         self._replicated = partitioner.replicated()
         self._param_shardings = partitioner.tree_shardings(param_axes, params)
         self._buffer_shardings = partitioner.tree_shardings(buffer_axes, buffers)
@@ -118,10 +135,23 @@ class Program:
             step=whole,
             params=self._param_shardings,
             buffers=self._buffer_shardings,
-            optimizer=state_shardings(self.optimizer, self._params, self._param_shardings, whole),
+            optimizer=self._by_phase(
+                lambda phase, optimizer: state_shardings(
+                    optimizer,
+                    phase.take(self._params)[0],
+                    phase.take(self._param_shardings)[0],
+                    whole,
+                )
+            ),
             guard=jax.tree.map(lambda _: whole, jax.eval_shape(GuardState.create)),
             key=whole,
+            average=None if self.config.average_decay is None else self._param_shardings,
         )
+
+    def _by_phase(self, make: Callable[[Phase, optax.GradientTransformation], Any]) -> Any:
+        """Return what `make` gives for the only phase, or a dictionary by the phases' names."""
+        made = {phase.name: make(phase, self._optimizers[phase.name]) for phase in self.phases}
+        return made if len(made) > 1 else next(iter(made.values()))
 
     def init(self, seed: int, params: Tree | None = None) -> TrainState:
         """Return the state before the first step, drawn or placed directly as shards.
@@ -142,9 +172,10 @@ class Program:
             step=jnp.zeros((), jnp.int32),
             params=params,
             buffers=buffers,
-            optimizer=self.optimizer.init(params),
+            optimizer=self._by_phase(lambda phase, optimizer: optimizer.init(phase.take(params)[0])),
             guard=GuardState.create(),
             key=jax.random.key_data(run_key),
+            average=None if self.config.average_decay is None else jax.tree.map(jnp.copy, params),
         )
 
     def abstract_state(self) -> TrainState:
@@ -157,24 +188,33 @@ class Program:
         )
 
     def module(self, state: TrainState) -> Any:
-        """Return the model with the current parameters."""
-        return self.definition.merge(state.params, state.buffers)
+        """Return the model with the averaged parameters, or the current ones where none are kept."""
+        return self.definition.merge(_used(state), state.buffers)
 
-    def _loss(self, params, buffers, batch, key, frozen, objective=None):
+    def _loss(self, params, buffers, batch, key, frozen, objective):
         params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
         model = self.definition.merge(params, buffers)
-        return (objective or self.objective)(model, batch, key, frozen=frozen)
+        return objective(model, batch, key, frozen=frozen)
 
     def _step(self, state: TrainState, batch, frozen):
         with self.partitioner.activate():
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            gradients, sums = self._gradients(state, batch, key, frozen)
-            grad_norm = optax.global_norm(gradients)
+            params, optimizer, sums, norms = state.params, {}, {}, []
+            for phase in self.phases:
+                owned, rest = phase.take(params)
+                gradients, found = self._gradients(
+                    phase, owned, rest, state.buffers, batch, key, frozen
+                )
+                sums = self._merged(sums, found, phase)
+                norms.append(optax.global_norm(gradients))
+                transform = self._optimizers[phase.name]
+                before = state.optimizer[phase.name] if len(self.phases) > 1 else state.optimizer
+                updates, optimizer[phase.name] = transform.update(gradients, before, owned)
+                params = phase.put(optax.apply_updates(owned, updates), rest)
+            grad_norm = optax.global_norm(norms)
             loss_sum, loss_weight = sums["loss"]
             loss = loss_sum / jnp.maximum(loss_weight, 1e-9)
             accept, reasons, guard = self.guards.judge(state.guard, loss, grad_norm)
-            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
             buffers = state.buffers
             if hasattr(self.objective, "update_buffers"):
                 buffers = self.objective.update_buffers(buffers, sums)
@@ -186,9 +226,10 @@ class Program:
                 step=state.step + 1,
                 params=choose(params, state.params),
                 buffers=choose(buffers, state.buffers),
-                optimizer=choose(optimizer, state.optimizer),
+                optimizer=choose(self._by_phase(lambda p, _: optimizer[p.name]), state.optimizer),
                 guard=guard,
                 key=state.key,
+                average=self._averaged(state, params, accept),
             )
             extra = {
                 "grad_norm": grad_norm,
@@ -200,12 +241,37 @@ class Program:
             sums |= {name: metrics_lib.pair(value, 1.0) for name, value in extra.items()}
             return new, sums
 
-    def _gradients(self, state: TrainState, batch, key, frozen):
-        """Return the gradient of the loss over all microbatches together, and the metric sums."""
-        differentiate = jax.value_and_grad(self._loss, has_aux=True)
+    def _merged(self, sums, found, phase: Phase):
+        """Return the metrics of all phases so far; "loss" without a prefix is the last phase's."""
+        if phase is not self.phases[-1]:
+            found = {(f"{phase.name}/loss" if k == "loss" else k): v for k, v in found.items()}
+        clash = sums.keys() & found.keys()
+        if clash:
+            raise JaxherdError(f"phase {phase.name!r} repeats the metrics {sorted(clash)}.")
+        return {**sums, **found}
+
+    def _averaged(self, state: TrainState, params, accept):
+        decay = self.config.average_decay
+        if decay is None:
+            return None
+        due = accept & ((state.guard.accepted + 1) % self.config.average_every == 0)
+        return jax.tree.map(
+            lambda a, p: jnp.where(due, decay * a + (1 - decay) * p, a).astype(a.dtype),
+            state.average,
+            params,
+        )
+
+    def _gradients(self, phase: Phase, owned, rest, buffers, batch, key, frozen):
+        """Return the gradient of a phase over all microbatches together, and the metric sums."""
+
+        def loss(owned, batch, key):
+            params = phase.put(owned, rest)
+            return self._loss(params, buffers, batch, key, frozen, phase.objective)
+
+        differentiate = jax.value_and_grad(loss, has_aux=True)
         parts = self.config.accumulate
         if parts == 1:
-            (_, sums), gradients = differentiate(state.params, state.buffers, batch, key, frozen)
+            (_, sums), gradients = differentiate(owned, batch, key)
             return gradients, sums
 
         # Microbatch i takes rows i, i + parts, ...: no row leaves its device.
@@ -215,23 +281,19 @@ class Program:
         def body(carry, part):
             total, sums = carry
             index, micro = part
-            (_, new), gradients = differentiate(
-                state.params, state.buffers, micro, jax.random.fold_in(key, index), frozen
-            )
+            (_, new), gradients = differentiate(owned, micro, jax.random.fold_in(key, index))
             weight = new["loss"][1]
             total = jax.tree.map(lambda a, g: a + weight * g.astype(a.dtype), total, gradients)
             return (total, metrics_lib.add(sums, new)), None
 
         micro = jax.tree.map(strided, batch)
         first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(
-            lambda: self._loss(state.params, state.buffers, first, key, frozen)[1]
-        )
+        shapes = jax.eval_shape(lambda: loss(owned, first, key)[1])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params), zeros)
+        start = (jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), owned), zeros)
         (total, sums), _ = jax.lax.scan(body, start, (jnp.arange(parts), micro))
         weight = jnp.maximum(sums["loss"][1], 1e-9)
-        gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), total, state.params)
+        gradients = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), total, owned)
         return gradients, sums
 
     def evaluate(
@@ -244,7 +306,7 @@ class Program:
             def run(state, batch, frozen):
                 with self.partitioner.activate():
                     key = jax.random.wrap_key_data(state.key)
-                    return self._loss(state.params, state.buffers, batch, key, frozen, objective)[1]
+                    return self._loss(_used(state), state.buffers, batch, key, frozen, objective)[1]
 
             self._evaluations[objective] = jax.jit(
                 run,
@@ -252,3 +314,8 @@ class Program:
                 out_shardings=self._replicated,
             )
         return self._evaluations[objective](state, batch, frozen)
+
+
+def _used(state: TrainState) -> Any:
+    """Return the parameters that stand for the model outside of training."""
+    return state.params if state.average is None else state.average
