@@ -79,7 +79,14 @@ class BatchIterator(Protocol):
 
 @runtime_checkable
 class DataConfig(Protocol):
-    """The data part of an experiment: a frozen dataclass."""
+    """The data part of an experiment: a frozen dataclass.
+
+    It may also have `preview(batch) -> str` for `jaxherd inspect`; `units_per_step()`, where the
+    first two dimensions of the first field are not what progress should count; `batch_spec(split)`,
+    where splits differ in size; `export(folder)`, which writes what users of the model need besides
+    weights, such as the tokenizer; and `needs_artifacts = True`, with which `build` is also given
+    `artifacts`, the folders of the earlier stages that the stage reads, by name.
+    """
 
     def batch_spec(self) -> BatchSpec:
         """Return the global shapes of a training batch; does no input or output."""

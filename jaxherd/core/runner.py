@@ -2,9 +2,9 @@
 
 import errno
 import json
-import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -116,9 +116,9 @@ def prepare_folder(workdir: Path) -> list[Path]:
     made = [path for path in (workdir, *workdir.parents) if not path.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".probe.{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        # A name of its own: the processes of a slice probe one shared folder at the same time.
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".probe."):
+            pass
     except OSError as error:
         raise JaxherdError(
             f"workdir {workdir} cannot be written ({error.strerror or error}): choose another "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,8 +36,15 @@ class SampleText:
 
     def __call__(self, run: Any, moment: str) -> None:
         """Sample if this is one of the moments (on runs of one process)."""
-        if moment not in self.moments or jax.process_count() > 1:
+        if moment not in self.moments:
             return
+        if jax.process_count() > 1:
+            if jax.process_index() == 0:
+                run.context.say("no text is sampled on runs of several processes.")
+            return
+        path = run.context.folder / "samples.jsonl"
+        # A run that was killed after this moment has sampled the same text already.
+        kept = [s for s in _samples(path) if s["step"] < run.step or s["moment"] != moment]
         tokenizer = (self.data or run.stage.data).tokenizer()
         module = cast_floating(run.model(), run.stage.step.compute_dtype)
         sampling = Sampling(temperature=self.temperature, top_p=self.top_p)
@@ -48,11 +57,22 @@ class SampleText:
         # A few rows do not divide over a mesh: they are sampled on one device.
         module = jax.device_put(module, run.context.devices[0])
         results = Generator(module, tokenizer).run(requests)
-        path = run.context.folder / "samples.jsonl"
+        new = [
+            {"step": run.step, "moment": moment, "text": prompt + (result.text or "")}
+            for prompt, result in zip(self.prompts, results)
+        ]
+        partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            for prompt, result in zip(self.prompts, results):
-                text = prompt + (result.text or "")
-                file.write(json.dumps({"step": run.step, "text": text}) + "\n")
-                if not run.context.quiet:
-                    run.context.say(f"--- sampled at step {run.step} ---\n{text}\n---")
+        partial.write_text(
+            "".join(json.dumps(sample) + "\n" for sample in [*kept, *new]), encoding="utf-8"
+        )
+        os.replace(partial, path)
+        if not run.context.quiet:
+            for sample in new:
+                run.context.say(f"--- sampled at step {run.step} ---\n{sample['text']}\n---")
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

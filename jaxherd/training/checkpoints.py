@@ -17,6 +17,7 @@ import jax
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import write_json
+from jaxherd.core.modules import flatten, unflatten
 
 
 class Checkpoints:
@@ -72,6 +73,8 @@ class Checkpoints:
         if step in self.steps():
             return
         self.wait()
+        # Sizes of an earlier checkpoint of this number would make the new one look damaged.
+        self._forget_manifest(step)
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -119,7 +122,7 @@ class Checkpoints:
     def _newest(self, read: Callable[[int], Any]) -> tuple[int, Any] | None:
         steps = self.steps()
         for step in reversed(steps):
-            damage = self._damage(step)
+            damage = _agreed(self._damage(step))
             if damage is None:
                 try:
                     return step, read(step)
@@ -135,17 +138,21 @@ class Checkpoints:
             )
         return None
 
-    def restore_params(self, abstract_params: Any) -> Any | None:
-        """Return the parameters alone of the newest sound checkpoint, or None if there is none.
+    def restore_model(self, abstract_params: Any, abstract_buffers: Any) -> tuple[Any, Any] | None:
+        """Return (parameters, buffers) of the newest sound checkpoint, or None if there is none.
 
-        Whatever optimiser the run had: its state is not read.
+        Whatever optimiser the run had, its state is not read.  Where the run kept a moving average
+        of the parameters, that is what comes back.  Buffers that the run did not have are absent
+        from the result.
 
         Args:
-          abstract_params: shapes, dtypes and shardings of the result.
+          abstract_params, abstract_buffers: shapes, dtypes and shardings of the result.
         Raises:
           JaxherdError: as for `restore`.
         """
-        restored = self._newest(lambda step: self._load_params(step, abstract_params))
+        restored = self._newest(
+            lambda step: self._load_model(step, abstract_params, abstract_buffers)
+        )
         return None if restored is None else restored[1]
 
     def discard_after(self, step: int) -> None:
@@ -158,6 +165,7 @@ class Checkpoints:
                 aside = self._folder.parent / "damaged" / f"{other}-{time.time_ns()}"
                 aside.parent.mkdir(exist_ok=True)
                 self._step_folder(other).rename(aside)
+                self._forget_manifest(other)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -176,21 +184,34 @@ class Checkpoints:
         metadata: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
         positions = metadata["positions"]
         if len(positions) != jax.process_count():
-            raise JaxherdError(
-                f"checkpoint {step} in {self._folder} holds data positions of {len(positions)} "
-                f"processes and this run has {jax.process_count()}: use as many processes."
-            )
+            # The same position for all is one for any number; the iterator has the last word.
+            if any(position != positions[0] for position in positions):
+                raise JaxherdError(
+                    f"checkpoint {step} in {self._folder} holds data positions of "
+                    f"{len(positions)} processes and this run has {jax.process_count()}: use as "
+                    "many processes."
+                )
+            return loaded["state"], positions[0]
         return loaded["state"], positions[jax.process_index()]
 
-    def _load_params(self, step: int, abstract_params: Any) -> Any:
+    def _load_model(self, step: int, abstract_params: Any, abstract_buffers: Any):
         from orbax.checkpoint import v1 as ocp
 
-        self._check_shapes(step, {"params": abstract_params}, part="params")
+        stored = self._checkpointer.checkpointables_metadata(step).metadata["state"]
+        part = "average" if _leaves(stored.get("average") or {}) else "params"
+        self._check_shapes(step, {part: abstract_params}, part=part)
+        known = {_path(p): tuple(leaf.shape) for p, leaf in _leaves(stored.get("buffers") or {})}
+        buffers = {
+            name: leaf
+            for name, leaf in flatten(abstract_buffers).items()
+            if known.get(name) == tuple(leaf.shape)
+        }
+        wanted = {part: abstract_params} | ({"buffers": unflatten(buffers)} if buffers else {})
         loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
         with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
             path = str(self._step_folder(step))
-            wanted = {"state": {"params": abstract_params}}
-            return ocp.load_checkpointables(path, wanted)["state"]["params"]
+            found = ocp.load_checkpointables(path, {"state": wanted})["state"]
+        return found[part], found.get("buffers", {})
 
     def _check_shapes(self, step: int, abstract_state: Any, part: str = "") -> None:
         stored = self._checkpointer.checkpointables_metadata(step).metadata["state"]
@@ -213,6 +234,10 @@ class Checkpoints:
 
     def _step_folder(self, step: int) -> Path:
         return self._folder / str(step)
+
+    def _forget_manifest(self, step: int) -> None:
+        if jax.process_index() == 0:
+            (self._manifests / f"{step}.json").unlink(missing_ok=True)
 
     def _write_manifest(self, step: int) -> None:
         """Record the size of every file, so that a file cut short is noticed."""
@@ -283,6 +308,13 @@ def _gather(position: Any) -> list[Any]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, lengths)]
+
+
+def _agreed(damage: str | None) -> str | None:
+    """Return what process 0 found, so that all processes restore the same checkpoint."""
+    if jax.process_count() == 1:
+        return damage
+    return _gather(damage)[0]
 
 
 def _leaves(tree: Any):

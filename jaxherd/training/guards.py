@@ -10,6 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxherd.core.errors import JaxherdError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Guards:
     spike_after: int = 50
     decay: float = 0.98
     stop_after: int = 20
+
+    def __post_init__(self):
+        if self.stop_after < 1 or self.spike_after < 0:
+            raise JaxherdError("guards.stop_after must be at least 1, spike_after not negative.")
+        if not 0 <= self.decay < 1 or (self.spike_sigmas is not None and not self.spike_sigmas > 0):
+            raise JaxherdError("guards.decay must be from 0 to below 1, spike_sigmas positive.")
 
     def judge(
         self, state: GuardState, loss: jax.Array, grad_norm: jax.Array

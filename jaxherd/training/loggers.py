@@ -4,7 +4,8 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,7 +62,11 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as TensorBoard events; needs the extra `report`."""
+    """Scalars as TensorBoard events; needs the extra `report`.
+
+    Events after `resume_step` of an earlier run are hidden; those of that very step are written
+    once more by a run that evaluates there again, to the same numbers.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int = 0):
         try:
@@ -91,7 +96,18 @@ class WandB:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise missing_extra("wandb", "wandb", "logging to Weights & Biases") from error
-        self._run = wandb.init(project="jaxherd", name=name, dir=str(folder), config=dict(config))
+        # A resumed run goes on in the same W&B run.
+        kept = folder / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
+        self._run = wandb.init(
+            project="jaxherd",
+            name=name,
+            dir=str(folder),
+            config=dict(config),
+            id=kept.read_text().strip(),
+            resume="allow",
+        )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Log every scalar."""
@@ -103,10 +119,25 @@ class WandB:
         self._run.finish()
 
 
+def check_loggers(kinds: tuple[str, ...]) -> None:
+    """Raise `MissingExtraError` for a logger that was asked for and cannot be had."""
+    if "wandb" in kinds and importlib.util.find_spec("wandb") is None:
+        raise missing_extra("wandb", "wandb", "logging to Weights & Biases")
+
+
 def open_loggers(
-    kinds: tuple[str, ...], folder: Path, *, name: str, config: Mapping[str, Any], resume_step: int
+    kinds: tuple[str, ...],
+    folder: Path,
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    resume_step: int,
+    say: Callable[[str], None] = print,
 ) -> list[Logger]:
-    """Return the loggers of a run; "tensorboard" is left out when it is not installed.
+    """Return the loggers of a run.
+
+    "tensorboard" stands in the default of every run, so it is left out, and that is said, where
+    its package is not installed.
 
     Raises:
       JaxherdError: an unknown kind.
@@ -118,6 +149,8 @@ def open_loggers(
         elif kind == "tensorboard":
             if importlib.util.find_spec("tensorboardX") is not None:
                 loggers.append(TensorBoard(folder / "tensorboard", resume_step=resume_step))
+            else:
+                say("no TensorBoard events: they need `pip install 'jaxherd[report]'`.")
         elif kind == "wandb":
             loggers.append(WandB(name, folder, config))
         else:

@@ -26,6 +26,15 @@ class Schedule:
     final: float = 0.1
     decay_fraction: float = 0.2
 
+    def __post_init__(self):
+        if not (0 <= self.peak < float("inf")):
+            raise JaxherdError(f"schedule.peak must be finite and not negative, got {self.peak}.")
+        if self.warmup_steps < 0:
+            raise JaxherdError(f"schedule.warmup_steps must not be negative: {self.warmup_steps}.")
+        for name in ("final", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise JaxherdError(f"schedule.{name} must be from 0 to 1: {getattr(self, name)}.")
+
     def build(self, total_steps: int) -> optax.Schedule:
         """Return the optax schedule for a run of `total_steps`.
 
@@ -77,6 +86,15 @@ class Optimizer:
     weight_decay: float = 0.1
     clip: float | None = 1.0
     moment_dtype: str | None = None
+
+    def __post_init__(self):
+        if self.clip is not None and not self.clip > 0:
+            raise JaxherdError(f"optimizer.clip must be positive or none, got {self.clip}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise JaxherdError(f"optimizer.{name} must be from 0 to below 1.")
+        if not self.eps >= 0 or not self.weight_decay >= 0:
+            raise JaxherdError("optimizer.eps and optimizer.weight_decay must not be negative.")
 
     def build(self, total_steps: int, axes: Tree) -> optax.GradientTransformation:
         """Return the optax transformation.

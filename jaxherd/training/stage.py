@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import signal
 import threading
 from collections.abc import Mapping
@@ -12,14 +13,16 @@ import jax
 import numpy as np
 
 from jaxherd.core import batch as batch_lib
+from jaxherd.core.batch import BatchSpec
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
+from jaxherd.core.modules import flatten
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
-from jaxherd.training.loggers import LOGGERS, open_loggers, read_records
+from jaxherd.training.loggers import LOGGERS, check_loggers, open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.progress import Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
@@ -54,8 +57,12 @@ class RunConfig:
         for name in ("steps", "checkpoint_every", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise JaxherdError(f"run.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.eval_every < 0:
-            raise JaxherdError(f"run.eval_every must not be negative, got {self.eval_every}.")
+        for name in ("eval_every", "profile_at", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < (name == "keep_every"):
+                raise JaxherdError(f"run.{name}={value} is too small.")
+        if self.profile_at is not None and self.profile_at >= self.steps:
+            raise JaxherdError(f"run.profile_at={self.profile_at} is past the {self.steps} steps.")
         for kind in self.loggers:
             if kind not in LOGGERS:
                 raise JaxherdError(f"no logger {kind!r}; " + nearest(kind, LOGGERS))
@@ -77,6 +84,32 @@ class Evaluation:
     split: str = "heldout"
     objective: Any = None
     max_batches: int | None = None
+
+    def source(self, own: Any) -> Any:
+        """Return the data that it reads; `own` is the stage's."""
+        return own if self.data is None else self.data
+
+    def spec(self, own: Any) -> BatchSpec:
+        """Return the fields of its batches: those of its split, where the data tells splits apart."""
+        source = self.source(own)
+        if "split" in inspect.signature(source.batch_spec).parameters:
+            return source.batch_spec(self.split)
+        return source.batch_spec()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A model that the objective is given and no step changes: a teacher, a reference policy.
+
+    Attributes:
+      name: its key in the objective's `frozen`.
+      model: its config.
+      stage: the earlier stage (among the stage's `reads`) whose last parameters it has.
+    """
+
+    name: str
+    model: Any
+    stage: str
 
 
 @runtime_checkable
@@ -112,8 +145,14 @@ class TrainStage:
       model: a frozen config with `build(key)`, `num_params()` and `train_flops(...)`.
       data: a `jaxherd.core.batch.DataConfig`.
       objective: see `jaxherd.training.objectives`.
-      initial: name of an earlier stage whose last parameters to start from; None draws fresh ones.
+      initial: name of an earlier stage whose last parameters (their moving average, where it kept
+        one) and buffers to start from; None draws fresh ones.
       evaluations, callbacks: run at "eval" moments.
+      frozen: further models that the objective needs.
+
+    Data that is made from an earlier stage's artifacts says so by a true attribute
+    `needs_artifacts`; its `build` is then also given `artifacts`, the folders of the stages that
+    this one reads, by name.
     """
 
     name: str
@@ -129,6 +168,15 @@ class TrainStage:
     callbacks: tuple[Any, ...] = ()
     initial: str | None = None
     reads: tuple[str, ...] = ()
+    frozen: tuple[FrozenModel, ...] = ()
+
+    def __post_init__(self):
+        needed = [f.stage for f in self.frozen] + ([self.initial] if self.initial else [])
+        for name in needed:
+            if name not in self.reads:
+                raise JaxherdError(
+                    f"{self.name}: {name!r} is needed and not among reads={self.reads}."
+                )
 
     def program(self, devices: Any, compiler_options: Mapping[str, Any] | None = None) -> Program:
         """Return the compiled-on-use program of this stage for these devices.
@@ -157,17 +205,22 @@ class TrainStage:
                 f"{self.name}: the tokenizer has {words} tokens and the model knows {known}: set "
                 f"{self.name}.model.vocab_size={words} or take a smaller tokenizer."
             )
+        check_loggers(self.run_config.loggers)
         program = self.program(devices, compiler_options)
-        program.step.trace(*self.abstract_inputs(program))
+        state, batch, frozen = self.abstract_inputs(program)
+        program.step.trace(state, batch, frozen)
+        for evaluation in self.evaluations:
+            spec = evaluation.spec(self.data)
+            where = f"evaluation {evaluation.name!r}: "
+            held_out = batch_lib.abstract(spec, batch_shardings(spec, program.partitioner, where))
+            program.evaluation(evaluation.objective).trace(state, held_out, frozen)
 
     def _build_program(self, devices: Any, compiler_options: Mapping[str, Any]) -> Program:
         partitioner = Partitioner.create(self.layout, devices)
         spec = self.data.batch_spec()
-        shardings = {}
-        for name, field in spec.items():
-            if self.step.accumulate > 1:
-                self._check_accumulate(name, field, partitioner)
-            shardings[name] = partitioner.sharding(field.axes, field.shape, f"batch field {name!r}")
+        if self.step.accumulate > 1:
+            for name, field in spec.items():
+                self._check_accumulate(name, field)
         return Program(
             self.model,
             self.objective,
@@ -176,11 +229,12 @@ class TrainStage:
             total_steps=self.run_config.steps,
             config=self.step,
             guards=self.guards,
-            batch_shardings=shardings,
+            batch_shardings=batch_shardings(spec, partitioner),
+            frozen={f.name: f.model for f in self.frozen},
             compiler_options=compiler_options,
         )
 
-    def _check_accumulate(self, name: str, field: Any, partitioner: Partitioner) -> None:
+    def _check_accumulate(self, name: str, field: Any) -> None:
         rows = field.shape[0]
         if field.axes[:1] != ("batch",) or rows % self.step.accumulate:
             raise JaxherdError(
@@ -188,10 +242,10 @@ class TrainStage:
                 f"field {name!r}; change it or the batch size."
             )
 
-    def abstract_inputs(self, program: Program) -> tuple[TrainState, dict[str, Any], None]:
+    def abstract_inputs(self, program: Program) -> tuple[TrainState, dict[str, Any], Any]:
         """Return the arguments of `program.step` as shapes with shardings."""
         batch = batch_lib.abstract(self.data.batch_spec(), program.batch_shardings)
-        return program.abstract_state(), batch, None
+        return program.abstract_state(), batch, program.abstract_frozen()
 
     def flops_per_step(self) -> float:
         """Return the useful FLOPs of one step, counted by the model (or by the objective).
@@ -205,7 +259,13 @@ class TrainStage:
         return self.model.train_flops(*next(iter(spec.values())).shape[:2])
 
     def units_per_step(self) -> int:
-        """Return the tokens (frames, samples, ...) of one step."""
+        """Return the tokens (frames, samples, ...) of one step.
+
+        The product of the first two dimensions of the batch's first field, unless the data counts
+        otherwise in a method of this name.
+        """
+        if hasattr(self.data, "units_per_step"):
+            return self.data.units_per_step()
         field = next(iter(self.data.batch_spec().values()))
         return int(np.prod(field.shape[:2]))
 
@@ -235,11 +295,14 @@ class _Run:
         self.stage, self.context = stage, context
         self.program = stage.program(context.devices, context.compiler_options)
         self.stop = threading.Event()
+        self.frozen: Any = None
 
     def run(self) -> dict[str, Any]:
         stage, context, config = self.stage, self.context, self.stage.run_config
-        process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        data = stage.data.build(split="train", seed=context.seed, **process)
+        # What is wrong with the held-out data is told now, not after hours of training.
+        for evaluation in stage.evaluations:
+            _close(self._open(evaluation))
+        data = open_data(stage.data, "train", context.seed, context.artifacts)
         checkpoints = Checkpoints(
             context.folder / "checkpoints",
             keep=config.keep_checkpoints,
@@ -248,14 +311,17 @@ class _Run:
         )
         loggers = []
         try:
-            # What is wrong with the held-out data is told now, not after hours of training.
-            for evaluation in stage.evaluations:
-                _close(_open(evaluation, stage.data))
             state, first = self._start(checkpoints, data)
-            self._record_config(data)
+            self.frozen = self._load_frozen()
+            record = self._record_config(data)
             if jax.process_index() == 0:
                 loggers = open_loggers(
-                    config.loggers, context.folder, name=stage.name, config={}, resume_step=first
+                    config.loggers,
+                    context.folder,
+                    name=stage.name,
+                    config=record,
+                    resume_step=first,
+                    say=context.say,
                 )
             running = Running(stage, context, self.program, state, first)
             if first == 0:
@@ -278,16 +344,38 @@ class _Run:
             data.set_state(position)
             self.context.say(f"{self.stage.name}: resuming at step {step}.")
             return state, step
-        params = None
-        if self.stage.initial is not None:
-            params = load_params(self.context.artifacts[self.stage.initial], self.program)
-        return self.program.init(self.context.seed, params), 0
+        if self.stage.initial is None:
+            return self.program.init(self.context.seed), 0
+        wanted = self.program.abstract_state()
+        folder = self.context.artifacts[self.stage.initial]
+        given = load_model(folder, wanted.params, wanted.buffers)
+        return self.program.init(self.context.seed, *given), 0
 
-    def _record_config(self, data: Any) -> None:
+    def _load_frozen(self) -> Any:
+        wanted = self.program.abstract_frozen()
+        if wanted is None:
+            return None
+        found = {}
+        for model in self.stage.frozen:
+            params, buffers = wanted[model.name]
+            given = load_model(self.context.artifacts[model.stage], params, buffers)
+            missing = flatten(buffers).keys() - flatten(given[1]).keys()
+            if missing:
+                raise JaxherdError(
+                    f"{self.stage.name}: stage {model.stage!r} has no {sorted(missing)[:4]} for the "
+                    f"frozen model {model.name!r}: give it the config that the stage trained."
+                )
+            found[model.name] = list(given)
+        return found
+
+    def _record_config(self, data: Any) -> dict[str, Any]:
+        about = data.describe() if hasattr(data, "describe") else {}
+        record = {"stage": describe(self.stage), "data": about}
         if jax.process_index() == 0:
-            about = data.describe() if hasattr(data, "describe") else {}
-            record = {"stage": describe(self.stage), "data": about}
             write_json(self.context.folder / "config.json", record)
+            if hasattr(self.stage.data, "export"):
+                self.stage.data.export(self.context.folder)
+        return record
 
     def _progress(self, first: int) -> Progress:
         stage = self.stage
@@ -304,12 +392,14 @@ class _Run:
         last: dict[str, Any] = {}
         summary: dict[str, Any] = {}
         profiling = False
+        if running.step and self._missed_evaluation(running.step):
+            summary = self._evaluate(running, loggers, progress)
         for step in range(running.step, config.steps):
             if config.profile_at == step:
                 jax.profiler.start_trace(str(self.context.folder / "profile"))
                 profiling = True
             batch = batch_lib.to_global(next(data), program.batch_shardings)
-            running.state, sums = program.step(running.state, batch, None)
+            running.state, sums = program.step(running.state, batch, self.frozen)
             running.step = step + 1
             if waiting is not None:
                 last = self._log(*waiting, loggers, progress, units)
@@ -319,7 +409,7 @@ class _Run:
                 jax.block_until_ready(sums)
                 jax.profiler.stop_trace()
                 profiling = False
-            evaluate = final or (config.eval_every and (step + 1) % config.eval_every == 0)
+            evaluate = self._evaluates_at(step + 1)
             stopping = self._stopping(step + 1)
             save = final or (step + 1) % config.checkpoint_every == 0 or stopping
             if evaluate or save:
@@ -327,12 +417,15 @@ class _Run:
                 waiting = None
             if stopping and jax.process_index() == 0:
                 progress.say("stopping after this step; saving a checkpoint first.")
-            if evaluate:
-                summary = self._evaluate(running, loggers, progress)
-            if save:
+            if save and (stopping or not evaluate):
                 checkpoints.save(step + 1, running.state, data.get_state())
             if stopping and not final:
+                # Whoever asked may not wait for an evaluation: a resumed run makes up for it.
                 self._interrupt(step + 1, checkpoints)
+            if evaluate:
+                summary = self._evaluate(running, loggers, progress)
+                if save and not stopping:
+                    checkpoints.save(step + 1, running.state, data.get_state())
         if not summary and stage.evaluations:
             summary = self._evaluate(running, loggers, progress)
         checkpoints.wait()
@@ -344,6 +437,18 @@ class _Run:
             **{f"train/{k}": v for k, v in last.items() if np.ndim(v) == 0},
             **summary,
         }
+
+    def _evaluates_at(self, step: int) -> bool:
+        config = self.stage.run_config
+        return step == config.steps or bool(config.eval_every) and step % config.eval_every == 0
+
+    def _missed_evaluation(self, step: int) -> bool:
+        """Whether an earlier run stopped at `step` before the evaluation that was due there."""
+        config = self.stage.run_config
+        if not self.stage.evaluations or step == config.steps or not self._evaluates_at(step):
+            return False
+        records = read_records(self.context.folder / "metrics.jsonl")
+        return not any(r["kind"] == "eval" and r["step"] == step for r in records)
 
     def _interrupt(self, step: int, checkpoints: Checkpoints) -> None:
         checkpoints.wait()
@@ -380,7 +485,15 @@ class _Run:
     def _evaluate(self, running, loggers, progress) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         for evaluation in self.stage.evaluations:
-            values = evaluate(self.program, running.state, evaluation, self.stage.data)
+            spec = evaluation.spec(self.stage.data)
+            values = evaluate(
+                self.program,
+                running.state,
+                evaluation,
+                self._open(evaluation),
+                batch_shardings(spec, self.program.partitioner),
+                self.frozen,
+            )
             named = {f"{evaluation.name}/{k}": v for k, v in values.items()}
             summary |= {k: v.item() for k, v in named.items() if v.ndim == 0}
             for logger in loggers:
@@ -395,6 +508,10 @@ class _Run:
                 progress.say(f"{self.stage.name} step {running.step}: {shown}")
         self._callbacks(running, "eval")
         return summary
+
+    def _open(self, evaluation: Evaluation) -> Any:
+        source = evaluation.source(self.stage.data)
+        return open_data(source, evaluation.split, 0, self.context.artifacts)
 
     def _callbacks(self, running: Running, moment: str) -> None:
         for callback in self.stage.callbacks:
@@ -443,23 +560,30 @@ class _StopOnSignal:
 
 
 def evaluate(
-    program: Program, state: TrainState, evaluation: Evaluation, data: Any = None
+    program: Program,
+    state: TrainState,
+    evaluation: Evaluation,
+    batches: Any,
+    shardings: Mapping[str, Any],
+    frozen: Any = None,
 ) -> dict[str, np.ndarray]:
     """Return the metrics of a pass over held-out data, summed over batches and processes.
 
     Args:
       program, state: what to evaluate.
-      evaluation: on which data; `data` where it names none.
+      evaluation: its objective and number of batches.
+      batches: iterator over the pass; closed at the end.
+      shardings: of the fields of its batches.
+      frozen: arrays of the program's frozen models.
     Raises:
       JaxherdError: the split is empty.
     """
-    batches = _open(evaluation, data)
     total = None
     for number, batch in enumerate(batches):
         if number == evaluation.max_batches:
             break
-        placed = batch_lib.to_global(batch, program.batch_shardings)
-        sums = program.evaluate(state, placed, None, evaluation.objective)
+        placed = batch_lib.to_global(batch, shardings)
+        sums = program.evaluate(state, placed, frozen, evaluation.objective)
         total = sums if total is None else metrics_lib.add(total, sums)
     _close(batches)
     if total is None:
@@ -467,10 +591,33 @@ def evaluate(
     return metrics_lib.means(jax.device_get(total))
 
 
-def _open(evaluation: Evaluation, data: Any) -> Any:
-    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    source = data if evaluation.data is None else evaluation.data
-    return source.build(split=evaluation.split, seed=0, **process)
+def batch_shardings(spec: BatchSpec, partitioner: Partitioner, where: str = "") -> dict[str, Any]:
+    """Return the sharding of every field of a batch.
+
+    Raises:
+      JaxherdError: a field that the layout's axes do not divide.
+    """
+    return {
+        name: partitioner.sharding(field.axes, field.shape, f"{where}batch field {name!r}")
+        for name, field in spec.items()
+    }
+
+
+def open_data(data: Any, split: str, seed: int, artifacts: Mapping[str, Path]) -> Any:
+    """Return this process's iterator over a split; see `TrainStage` for `artifacts`."""
+    given: dict[str, Any] = {"artifacts": dict(artifacts)} if needs_artifacts(data) else {}
+    return data.build(
+        split=split,
+        seed=seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **given,
+    )
+
+
+def needs_artifacts(data: Any) -> bool:
+    """Return whether data is made from the artifacts of earlier stages."""
+    return bool(getattr(data, "needs_artifacts", False))
 
 
 def _close(data: Any) -> None:
@@ -478,13 +625,17 @@ def _close(data: Any) -> None:
         data.close()
 
 
-def load_params(folder: Path, program: Program) -> Any:
-    """Return the last parameters of another training stage, laid out for `program`."""
+def load_model(folder: Path, abstract_params: Any, abstract_buffers: Any) -> tuple[Any, Any]:
+    """Return (parameters, buffers) of the last checkpoint of another training stage.
+
+    Raises:
+      JaxherdError: there is no checkpoint, or it is of another model.
+    """
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        params = checkpoints.restore_params(program.abstract_state().params)
+        found = checkpoints.restore_model(abstract_params, abstract_buffers)
     finally:
         checkpoints.close()
-    if params is None:
+    if found is None:
         raise JaxherdError(f"{folder} holds no checkpoint to start from.")
-    return params
+    return found

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.core.modules import Definition, Tree, abstract, cast_floating, split
+from jaxherd.core.modules import (
+    Definition,
+    Tree,
+    abstract,
+    cast_floating,
+    flatten,
+    split,
+    unflatten,
+)
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.guards import Guards, GuardState
@@ -42,7 +50,8 @@ class TrainState:
     average: Any = None
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+# float16 would need loss scaling, which bfloat16 makes unnecessary.
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +106,22 @@ class Program:
         config: StepConfig = StepConfig(),
         guards: Guards = Guards(),
         batch_shardings: Mapping[str, Any],
+        frozen: Mapping[str, Any] | None = None,
         compiler_options: Mapping[str, Any] | None = None,
     ):
+        """Lay the program out.
+
+        Args:
+          model: config of the model that is trained, with `build(key)`.
+          objective: what a step minimises.
+          optimizer: of all phases that name none of their own.
+          partitioner: mesh and rules.
+          total_steps: of the run, for the schedules.
+          config, guards: how a step is computed and when its update is left out.
+          batch_shardings: of the fields of a training batch.
+          frozen: configs of models that the objective is given and no step changes, by name.
+          compiler_options: of XLA.
+        """
         self.model_config, self.objective, self.partitioner = model, objective, partitioner
         self.config, self.guards = config, guards
         self.batch_shardings = dict(batch_shardings)
@@ -115,9 +138,24 @@ class Program:
         self._replicated = partitioner.replicated()
         self._param_shardings = partitioner.tree_shardings(param_axes, params)
         self._buffer_shardings = partitioner.tree_shardings(buffer_axes, buffers)
+        self.frozen_shardings: dict[str, Any] = {}
+        self._frozen_definitions, self._frozen_shapes = {}, {}
+        for name, other in (frozen or {}).items():
+            parts = split(
+                abstract(lambda key, c=other: self._cast(c.build(key)), jax.random.key(0))
+            )
+            self._frozen_definitions[name], *self._frozen_shapes[name] = parts
+            self.frozen_shardings[name] = [
+                partitioner.tree_shardings(axes, shapes)
+                for axes, shapes in zip(parts[0].axes(), parts[1:])
+            ]
         self.step = jax.jit(
             self._step,
-            in_shardings=(self.state_shardings(), self.batch_shardings, None),
+            in_shardings=(
+                self.state_shardings(),
+                self.batch_shardings,
+                self.frozen_shardings or None,
+            ),
             # Every process reads the metrics, so every device holds them whole.
             out_shardings=(self.state_shardings(), self._replicated),
             donate_argnums=(0,),
@@ -126,7 +164,10 @@ class Program:
         self._evaluations: dict[Any, Any] = {}
 
     def _build(self, key: jax.Array) -> Any:
-        return cast_floating(self.model_config.build(key), jnp.dtype(self.config.param_dtype))
+        return self._cast(self.model_config.build(key))
+
+    def _cast(self, module: Any) -> Any:
+        return cast_floating(module, jnp.dtype(self.config.param_dtype))
 
     def state_shardings(self) -> TrainState:
         """Return the sharding of every leaf of the train state."""
@@ -153,26 +194,33 @@ class Program:
         made = {phase.name: make(phase, self._optimizers[phase.name]) for phase in self.phases}
         return made if len(made) > 1 else next(iter(made.values()))
 
-    def init(self, seed: int, params: Tree | None = None) -> TrainState:
+    def init(
+        self, seed: int, params: Tree | None = None, buffers: Tree | None = None
+    ) -> TrainState:
         """Return the state before the first step, drawn or placed directly as shards.
 
         Args:
           seed: of parameters and of the steps' keys.
           params: start from these instead of fresh ones.
+          buffers: likewise; those that are absent are fresh.
         """
         return jax.jit(self._init, out_shardings=self.state_shardings())(
-            jax.random.key(seed), params
+            jax.random.key(seed), params, buffers
         )
 
-    def _init(self, key: jax.Array, params: Tree | None) -> TrainState:
+    def _init(self, key: jax.Array, params: Tree | None, given: Tree | None = None) -> TrainState:
         init_key, run_key = jax.random.split(key)
         _, fresh, buffers = split(self._build(init_key))
         params = fresh if params is None else cast_floating(params, self.config.param_dtype)
+        if given:
+            buffers = unflatten({**flatten(buffers), **flatten(given)})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             buffers=buffers,
-            optimizer=self._by_phase(lambda phase, optimizer: optimizer.init(phase.take(params)[0])),
+            optimizer=self._by_phase(
+                lambda phase, optimizer: optimizer.init(phase.take(params)[0])
+            ),
             guard=GuardState.create(),
             key=jax.random.key_data(run_key),
             average=None if self.config.average_decay is None else jax.tree.map(jnp.copy, params),
@@ -187,6 +235,15 @@ class Program:
             self.state_shardings(),
         )
 
+    def abstract_frozen(self) -> dict[str, Any] | None:
+        """Return the frozen models' (params, buffers) as shapes with shardings, or None."""
+
+        def placed(leaf, sharding):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        shapes = {name: list(parts) for name, parts in self._frozen_shapes.items()}
+        return jax.tree.map(placed, shapes, self.frozen_shardings) or None
+
     def module(self, state: TrainState) -> Any:
         """Return the model with the averaged parameters, or the current ones where none are kept."""
         return self.definition.merge(_used(state), state.buffers)
@@ -194,7 +251,14 @@ class Program:
     def _loss(self, params, buffers, batch, key, frozen, objective):
         params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
         model = self.definition.merge(params, buffers)
-        return objective(model, batch, key, frozen=frozen)
+        given = None
+        if frozen is not None:
+            frozen = cast_floating(frozen, jnp.dtype(self.config.compute_dtype))
+            given = {
+                name: definition.merge(*frozen[name])
+                for name, definition in self._frozen_definitions.items()
+            }
+        return objective(model, batch, key, frozen=given)
 
     def _step(self, state: TrainState, batch, frozen):
         with self.partitioner.activate():
@@ -210,7 +274,8 @@ class Program:
                 transform = self._optimizers[phase.name]
                 before = state.optimizer[phase.name] if len(self.phases) > 1 else state.optimizer
                 updates, optimizer[phase.name] = transform.update(gradients, before, owned)
-                params = phase.put(optax.apply_updates(owned, updates), rest)
+                updated: Any = optax.apply_updates(owned, updates)
+                params = phase.put(updated, rest)
             grad_norm = optax.global_norm(norms)
             loss_sum, loss_weight = sums["loss"]
             loss = loss_sum / jnp.maximum(loss_weight, 1e-9)
@@ -300,6 +365,10 @@ class Program:
         self, state: TrainState, batch: Mapping[str, Any], frozen: Any = None, objective: Any = None
     ) -> metrics_lib.Metrics:
         """Return the metric sums of a batch; of the step's own objective when None is given."""
+        return self.evaluation(objective)(state, batch, frozen)
+
+    def evaluation(self, objective: Any = None) -> Any:
+        """Return the jitted function (state, batch, frozen) -> metric sums of an objective."""
         objective = self.objective if objective is None else objective
         if objective not in self._evaluations:
 
@@ -310,10 +379,11 @@ class Program:
 
             self._evaluations[objective] = jax.jit(
                 run,
-                in_shardings=(self.state_shardings(), self.batch_shardings, None),
+                # The batch comes as it is laid out: it need not have the training batch's fields.
+                in_shardings=(self.state_shardings(), None, self.frozen_shardings or None),
                 out_shardings=self._replicated,
             )
-        return self._evaluations[objective](state, batch, frozen)
+        return self._evaluations[objective]
 
 
 def _used(state: TrainState) -> Any:

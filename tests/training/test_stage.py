@@ -237,6 +237,42 @@ def test_retention(tmp_path):
     checkpoints.close()
 
 
+def test_a_redone_checkpoint_is_not_taken_for_damaged(tmp_path):
+    """Sizes of an earlier checkpoint of the same number do not count."""
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "3.json").write_text('{"state/gone": 7}')
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(3, {"w": jnp.ones((4,))}, {"n": 3})
+    checkpoints._checkpointer.wait()  # killed before the sizes are written
+    assert checkpoints._damage(3) is None
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("settings", [
+    lambda: Schedule(peak=float("nan")),
+    lambda: Schedule(warmup_steps=-5),
+    lambda: Optimizer(clip=-1.0),
+    lambda: Guards(stop_after=0),
+    lambda: RunConfig(steps=5, profile_at=99),
+    lambda: StepConfig(compute_dtype="float16"),
+    lambda: StepConfig(average_decay=1.0),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(JaxherdError):
+        settings()
+
+
+def test_a_missing_logger_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "wandb" else find(n))
+    config = RunConfig(steps=2, loggers=("jsonl", "wandb"))
+    with pytest.raises(JaxherdError, match="wandb"):
+        run(tmp_path / "w", run_config=config)
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_later_stage_starts_from_the_parameters_whatever_its_optimiser(tmp_path):
     later = stage(
         name="tune",
