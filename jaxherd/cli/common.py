@@ -8,6 +8,7 @@ import tyro
 from jaxherd.core import catalog
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment, Scale
+from jaxherd.core.host_memory import keep_freed_memory
 
 # `--set a=1 --set b=2`: given several times, all count.
 Overrides = Annotated[
@@ -49,6 +50,7 @@ def local_devices(on: str) -> tuple[Any, ...]:
         on.split(":")[0], "tpu"
     )
     if platform == "cpu":
+        keep_freed_memory()
         # With libtpu installed and no TPU, jax would look for one and say so at every start.
         use_platform("cpu")
     import jax

@@ -49,6 +49,9 @@ def main() -> None:
     a = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from jaxherd.core.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # as `jaxherd run --on cpu` does
 
     import jaxherd
     from jaxherd.inference.generate import Generator, Request
