@@ -179,6 +179,12 @@ class PackedText:
             )
         return tokenizer
 
+    def export(
+        self, folder: os.PathLike[str], *, cache_dir: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Write the tokenizer to a folder, from where a model of this data is used."""
+        self.tokenizer(cache_dir=cache_dir).save(folder)
+
     def build(
         self,
         *,

@@ -9,6 +9,7 @@ from typing import Any
 from jaxherd.core.errors import JaxherdError
 from jaxherd.weights import registry
 from jaxherd.weights.gguf_file import GgufStore
+from jaxherd.weights.trained import trained_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     model = gguf_at(path)
     if model is not None:
         return tokenizers.tokenizer_from_gguf_metadata(GgufStore(model).metadata)
+    path = trained_folder(path) or path
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent
     if not pathlib.Path(path).exists():

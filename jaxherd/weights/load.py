@@ -19,6 +19,7 @@ from jaxherd.weights.gguf_file import GgufStore
 from jaxherd.weights.hf_config import architecture_of, read_config
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
+from jaxherd.weights.trained import load_trained, trained_folder
 
 __all__ = [
     "ALIASES",
@@ -44,7 +45,8 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
     """Return the model at `source` as a module; `module.config` tells what it is.
 
     Args:
-      source: a folder or file, `hf://`, `pypi://` or `gs://`, or an alias (`ALIASES`).
+      source: a folder or file, `hf://`, `pypi://` or `gs://`, an alias (`ALIASES`), or the folder
+        of a run of ours (its last trained stage) or of one of its stages.
       dtype: of all weights: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own,
         which for GGUF is float32.
     Raises:
@@ -61,6 +63,9 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
         raise JaxherdError(
             f"{str(path)!r} is no checkpoint: name a folder, a .safetensors or a .gguf file."
         )
+    trained = trained_folder(path)
+    if trained is not None:
+        return load_trained(trained, dtype)
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         refuse_pickle(folder)

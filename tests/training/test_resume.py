@@ -114,6 +114,28 @@ def test_killed_after_the_last_checkpoint(run, left_alone, tmp_path):
     assert json.loads(done.read_text())["summary"] == summary
 
 
+def test_a_run_is_a_model_source(run, left_alone, tmp_path):
+    """What was trained can be loaded, by the run's folder or the stage's, with its tokenizer."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jaxherd
+
+    assert run(tmp_path, "--quiet")[0] == 0
+    module = jaxherd.load(tmp_path)
+    tokenizer = jaxherd.load_tokenizer(tmp_path / "pretrain")
+    tokens = tokenizer.encode("king sees a dark sea and sings of old")
+    logits = jax.jit(lambda m, t: m(t))(module, jnp.asarray([tokens]))[0]
+    nll = -jax.nn.log_softmax(logits[:-1])[np.arange(len(tokens) - 1), np.asarray(tokens[1:])]
+    # Close to what the run's own evaluation says, far from the untrained model's ln 256.
+    assert float(nll.mean()) < left_alone[-1]["heldout/loss"] + 0.5 < 5.0
+    with pytest.raises(jaxherd.JaxherdError, match="has a checkpoint yet"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "run.json").write_text('{"experiment": {"stages": []}}')
+        jaxherd.load(tmp_path / "empty")
+
+
 def test_sigterm_saves_and_resumes(command, run, left_alone, tmp_path):
     process = command(tmp_path)
     wait_for_lines(process, tmp_path, 9)
