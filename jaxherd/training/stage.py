@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 import signal
 import threading
 from collections.abc import Mapping
@@ -521,12 +522,12 @@ class _Run:
         """Whether any process was asked to stop; all processes agree on the step."""
         if jax.process_count() == 1:
             return self.stop.is_set()
-        if step % 10:  # asking the others waits for them
-            return False
         from jax.experimental import multihost_utils
 
-        flags = multihost_utils.process_allgather(np.asarray(self.stop.is_set()))
-        return bool(np.any(flags))
+        # jax's own service takes SIGTERM and finds a step that no process has passed.
+        if step and multihost_utils.reached_preemption_sync_point(step):
+            self.stop.set()
+        return self.stop.is_set()
 
     def _signals(self):
         return _StopOnSignal(self.stop)
@@ -537,22 +538,31 @@ class Interrupted(Exception):
 
 
 class _StopOnSignal:
-    """SIGTERM and a first Ctrl-C ask for a checkpoint and a clean stop."""
+    """SIGTERM and a first Ctrl-C ask for a checkpoint and a clean stop.
+
+    Of several processes SIGTERM belongs to jax's preemption service, which tells the others; a
+    Ctrl-C becomes one.
+    """
 
     def __init__(self, stop: threading.Event):
-        self._stop, self._old = stop, {}
+        self._stop, self._old, self._interrupted = stop, {}, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
                 self._old[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number, frame):
-        if self._stop.is_set() and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._interrupted = True
         # Nothing is printed here: the signal may have come in the middle of another print.
-        self._stop.set()
+        if jax.process_count() == 1:
+            self._stop.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_):
         for number, old in self._old.items():
