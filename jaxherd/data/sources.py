@@ -2,6 +2,7 @@
 
     path, ~/path, file:///path                     a file or folder on this machine
     pypi://NAME==VERSION/path?sha256=HEX           a path inside a wheel (see pypi.py)
+    deb://NAME==VERSION/path?sha256=HEX            a path inside a Debian package (see debian.py)
     hf://[datasets/]ORG/NAME[@REVISION][/FILE]     a Hugging Face repository or one file of it
     gs://BUCKET/PATH[?anonymous=1]                 Google Cloud Storage, copied once
     tfds://NAME[/CONFIG][:VERSION][/SPLIT]         a prepared TFDS dataset (see tfds_source.py)
@@ -20,9 +21,10 @@ import urllib.request
 
 from jaxherd.core.errors import JaxherdError, missing_extra, nearest
 from jaxherd.data.cache import atomic_folder, cache_root, locked
+from jaxherd.data.debian import resolve_package
 from jaxherd.data.pypi import resolve_wheel
 
-SCHEMES = ("file", "pypi", "hf", "gs", "tfds")
+SCHEMES = ("file", "pypi", "deb", "hf", "gs", "tfds")
 
 _HF = re.compile(
     r"hf://(?P<kind>datasets/|spaces/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?"
@@ -49,11 +51,15 @@ def resolve(source: str, *, cache_dir: str | os.PathLike[str] | None = None) -> 
     Raises JaxherdError with one sentence if it does not exist or cannot be had.
     """
     if not source:
-        raise JaxherdError("The source is empty: name a path, hf://, pypi://, gs:// or tfds://.")
+        raise JaxherdError(
+            "The source is empty: name a path, hf://, pypi://, deb://, gs:// or tfds://."
+        )
     cache = cache_root(cache_dir)
     match scheme_of(source):
         case "pypi":
             return resolve_wheel(source, cache_dir=cache)
+        case "deb":
+            return resolve_package(source, cache_dir=cache)
         case "hf":
             return _resolve_hf(source, cache)
         case "gs":

@@ -1,0 +1,1 @@
+"""Audio: files, decoded tracks, clips for training, and latents of clips."""

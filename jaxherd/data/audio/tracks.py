@@ -1,0 +1,116 @@
+"""Recordings decoded once: 16-bit samples at one rate in the cache, mapped into memory.
+
+Decoding Vorbis costs more than a small training step; a random clip of a mapped track costs a copy.
+
+Axis letters: T samples, C channels.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.data.audio.files import read_audio
+from jaxherd.data.cache import cache_root, locked
+from jaxherd.data.sources import resolve
+
+_SUFFIXES = (".wav", ".flac", ".ogg")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioGroup:
+    """Recordings of one kind.
+
+    Attributes:
+      label: what they are, in words.
+      sources: files or folders, as `resolve` takes them; folders are searched for audio files.
+      pattern: of file names in folders.
+    """
+
+    label: str
+    sources: tuple[str, ...]
+    pattern: str = "*"
+
+    def files(self, cache_dir: str | os.PathLike[str] | None = None) -> list[pathlib.Path]:
+        """Return the files, sorted by name.
+
+        Raises:
+          JaxherdError: a source that cannot be had, or no audio file at all.
+        """
+        found: list[pathlib.Path] = []
+        for source in self.sources:
+            path = resolve(source, cache_dir=cache_dir)
+            inside = [path] if path.is_file() else sorted(path.rglob(self.pattern))
+            found += [f for f in inside if f.is_file() and f.suffix.lower() in _SUFFIXES]
+        if not found:
+            raise JaxherdError(f"group {self.label!r}: no audio file matches in {self.sources}.")
+        return found
+
+
+class Track:
+    """One decoded recording."""
+
+    def __init__(self, name: str, path: pathlib.Path, digest: str):
+        self.name, self.digest = name, digest
+        self._samples = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, start: int, length: int) -> Float[np.ndarray, "T C"]:
+        """Return samples [start, start + length) in [-1, 1], padded with silence past the end."""
+        piece = np.asarray(self._samples[start : start + length], np.float32) / 32767.0
+        return np.pad(piece, ((0, length - len(piece)), (0, 0)))
+
+
+def open_track(
+    path: pathlib.Path,
+    *,
+    sample_rate: int,
+    channels: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Track:
+    """Return a recording at this rate and number of channels, decoding it on first use."""
+    digest = _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    folder = cache_root(cache_dir) / "audio"
+    target = folder / f"{digest[:24]}-{sample_rate}-{channels}.npy"
+    if not target.is_file():
+        with locked(target):
+            if not target.is_file():
+                wave_TC, _ = read_audio(path, sample_rate=sample_rate, channels=channels)
+                partial = target.with_suffix(".partial")
+                with partial.open("wb") as file:
+                    np.save(file, np.round(np.clip(wave_TC, -1, 1) * 32767).astype(np.int16))
+                partial.replace(target)
+    return Track(f"{path.parent.name}/{path.stem}", target, digest)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: pathlib.Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_tracks(
+    tracks: list[Track], *, split: str, heldout_fraction: float, seed_name: str
+) -> list[Track]:
+    """Return the tracks of "train" or "heldout"; whole tracks are held out, at least one.
+
+    Which ones follows from their contents alone, so that adding a track moves no other.
+    """
+    order = sorted(
+        tracks, key=lambda t: hashlib.sha256(f"{seed_name}/{t.digest}".encode()).hexdigest()
+    )
+    held = max(1, round(len(order) * heldout_fraction))
+    if held >= len(order):
+        raise JaxherdError(
+            f"{len(order)} track(s) leave none to train on with heldout_fraction="
+            f"{heldout_fraction}: give more recordings or a smaller fraction."
+        )
+    chosen = order[:held] if split == "heldout" else order[held:]
+    return sorted(chosen, key=lambda t: t.name)
