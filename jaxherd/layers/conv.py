@@ -84,7 +84,9 @@ class ConvConfig:
 
     def __post_init__(self):
         if self.span < self.stride:
-            raise ValueError(f"stride {self.stride} skips inputs of a kernel that spans {self.span}")
+            raise ValueError(
+                f"stride {self.stride} skips inputs of a kernel that spans {self.span}"
+            )
 
     def build(self, key: jax.Array) -> "Conv1d":
         """Return the layer with freshly drawn parameters."""

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from jaxherd.core.errors import JaxherdError
+
 
 @dataclasses.dataclass(frozen=True)
 class StftConfig:
@@ -83,14 +85,17 @@ def stft(x: Float[Array, "*batch T"], config: StftConfig) -> Complex[Array, "*ba
     """Return sum_t w[t] x[t + i hop] exp(-2 pi i k t / n_fft) for frames i and bins k; float32.
 
     Raises:
-      ValueError: the signal is too short to be padded by reflection, or has no whole frame.
+      JaxherdError: the signal is too short to be padded by reflection, or has no whole frame.
     """
     c, samples = config, x.shape[-1]
     x = x.astype(jnp.float32)
     left, right = c._pads(samples)
     reflected = min(left, right) if c.padding == "same" else right
     if max(left, reflected) >= samples or c.frames(samples) < 1:
-        raise ValueError(f"{samples} samples are too few for n_fft={c.n_fft} with {c.padding=}")
+        raise JaxherdError(
+            f"{samples} samples are too few for a transform of n_fft={c.n_fft} with padding "
+            f"{c.padding!r}: give a longer signal or a smaller n_fft."
+        )
     lead = ((0, 0),) * (x.ndim - 1)
     if left:
         x = jnp.pad(x, (*lead, (left, reflected)), mode="reflect")

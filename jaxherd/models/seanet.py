@@ -434,4 +434,3 @@ class AudioAutoencoder(Module):
     def frames(self, samples: int) -> int:
         """Return the latent frames of a waveform."""
         return self.config.frames(samples)
-
