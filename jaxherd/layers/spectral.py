@@ -121,7 +121,7 @@ def frame(x: Float[Array, "*batch T"], size: int, hop: int) -> Float[Array, "*ba
 MelScale = Literal["htk", "slaney"]
 
 
-def hz_to_mel(hz: np.ndarray, scale: MelScale) -> np.ndarray:
+def hz_to_mel(hz: np.ndarray | float, scale: MelScale) -> np.ndarray:
     """Return mels: 2595 log10(1 + f / 700), or Slaney's (linear below 1 kHz, then logarithmic)."""
     hz = np.asarray(hz, np.float64)
     if scale == "htk":
@@ -130,7 +130,7 @@ def hz_to_mel(hz: np.ndarray, scale: MelScale) -> np.ndarray:
     return np.where(hz < 1000.0, hz * 3.0 / 200.0, above)
 
 
-def mel_to_hz(mel: np.ndarray, scale: MelScale) -> np.ndarray:
+def mel_to_hz(mel: np.ndarray | float, scale: MelScale) -> np.ndarray:
     """Invert `hz_to_mel`."""
     mel = np.asarray(mel, np.float64)
     if scale == "htk":

@@ -118,7 +118,7 @@ class ResidualQuantiser(Module):
         """Return the quantised latents, their codes and the losses."""
         c = self.config
         rest = latents_BTL.astype(jnp.float32)
-        total, codes, loss, perplexity = jnp.zeros_like(rest), [], 0.0, []
+        total, codes, loss, perplexity = jnp.zeros_like(rest), [], jnp.zeros(()), []
         for stage in self.stages:
             part, chosen, stage_loss = stage.encode(rest, c)
             rest, total, loss = rest - part, total + part, loss + stage_loss

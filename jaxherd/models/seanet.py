@@ -14,7 +14,7 @@ Axis letters: B batch, T samples (or frames, with L), C audio channels, L latent
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -273,9 +273,9 @@ class Seanet(Module):
         return x, state
 
     @property
-    def dtype(self):
-        """The dtype in which the layers compute: that of the first bias."""
-        return self.layers[0].bias[...].dtype
+    def dtype(self) -> Any:
+        """The dtype in which the layers compute: that of their parameters."""
+        return jax.tree.leaves(self)[0].dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,7 +240,7 @@ def fill(model):
 
 def run(case):
     """Return arrays: inputs, outputs, small gradients, and the shapes of all tensors."""
-    c = {**DEFAULTS, **case["config"]}
+    c = {**DEFAULTS, **case.get("config", {})}
     if case["kind"] == "discriminator":
         return run_discriminator(case)
     if case["kind"] == "layers":
