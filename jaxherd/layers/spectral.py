@@ -125,7 +125,7 @@ def hz_to_mel(hz: np.ndarray | float, scale: MelScale) -> np.ndarray:
     """Return mels: 2595 log10(1 + f / 700), or Slaney's (linear below 1 kHz, then logarithmic)."""
     hz = np.asarray(hz, np.float64)
     if scale == "htk":
-        return 2595.0 * np.log10(1.0 + hz / 700.0)
+        return np.asarray(2595.0 * np.log10(1.0 + hz / 700.0))
     above = 15.0 + np.log(np.maximum(hz, 1e-9) / 1000.0) / (np.log(6.4) / 27.0)
     return np.where(hz < 1000.0, hz * 3.0 / 200.0, above)
 
@@ -134,7 +134,7 @@ def mel_to_hz(mel: np.ndarray | float, scale: MelScale) -> np.ndarray:
     """Invert `hz_to_mel`."""
     mel = np.asarray(mel, np.float64)
     if scale == "htk":
-        return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+        return np.asarray(700.0 * (10.0 ** (mel / 2595.0) - 1.0))
     above = 1000.0 * np.exp((mel - 15.0) * (np.log(6.4) / 27.0))
     return np.where(mel < 15.0, mel * 200.0 / 3.0, above)
 
@@ -143,7 +143,7 @@ def mel_to_hz(mel: np.ndarray | float, scale: MelScale) -> np.ndarray:
 def mel_filterbank(
     n_mels: int,
     n_fft: int,
-    sample_rate: float,
+    sample_rate: int,
     *,
     f_min: float = 0.0,
     f_max: float | None = None,
@@ -181,7 +181,7 @@ class MelConfig:
       floor: keeps the logarithm finite; "add" log(x + floor), "clip" log(max(x, floor)).
     """
 
-    sample_rate: float
+    sample_rate: int
     stft: StftConfig
     n_mels: int = 80
     f_min: float = 0.0

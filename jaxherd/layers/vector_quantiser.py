@@ -9,6 +9,7 @@ Axis letters: B batch, T frames, L width, Q stages, J code width, V codes.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +66,15 @@ class Quantised:
       latents_BTL: sum of the chosen codes, with the straight-through gradient.
       codes_BTQ: int32.
       loss: weighted commitment and codebook losses, mean over batch, frames and code width.
-      perplexity_Q: 2 ** entropy of the codes' frequencies in this batch.
+      perplexity_Q: exp of the entropy of the codes' frequencies in this batch.
+
+    The leaves may also be shapes.
     """
 
-    latents_BTL: jax.Array
-    codes_BTQ: jax.Array
-    loss: jax.Array
-    perplexity_Q: jax.Array
+    latents_BTL: Any
+    codes_BTQ: Any
+    loss: Any
+    perplexity_Q: Any
 
 
 def _unit(x: jax.Array) -> jax.Array:

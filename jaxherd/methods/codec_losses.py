@@ -61,7 +61,7 @@ class MultiScaleMel:
     normalized: bool = True
     log_weight: float = 1.0
 
-    def scales(self, sample_rate: float) -> list[MelConfig]:
+    def scales(self, sample_rate: int) -> list[MelConfig]:
         """Return the spectrogram of every window size."""
         return [
             MelConfig(
@@ -81,7 +81,7 @@ def multi_scale_mel(
     output_BTC: Float[Array, "B T C"],
     target_BTC: Float[Array, "B T C"],
     config: MultiScaleMel,
-    sample_rate: float,
+    sample_rate: int,
 ) -> Float[Array, ""]:
     """Return the distance, averaged over a stereo signal's L, R, mid and side."""
     # Both signals go through one transform: half as many, twice as large.
@@ -147,7 +147,7 @@ def snr_db(
     return 10.0 * jnp.log10((signal + 1e-12) / (noise + 1e-12))
 
 
-def mel_metric(sample_rate: float) -> MelConfig:
+def mel_metric(sample_rate: int) -> MelConfig:
     """Return the spectrogram of the reported mel distance (audiocraft's `mel`)."""
     stft = StftConfig(1024, 256, padding="same")
     return MelConfig(sample_rate, stft, n_mels=64, f_min=64.0, log="log10", floor=1e-5)

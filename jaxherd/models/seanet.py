@@ -354,10 +354,13 @@ class AudioAutoencoderConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Posterior:
-    """A Gaussian for every latent value, both float32 [B, T, L]; std is 0 for "rvq"."""
+    """A Gaussian for every latent value, both float32 [B, T, L]; std is 0 for "rvq".
 
-    mean_BTL: jax.Array
-    std_BTL: jax.Array
+    The leaves may also be shapes, or NumPy's arrays from `seanet_streaming`.
+    """
+
+    mean_BTL: Any
+    std_BTL: Any
 
     def sample(self, key: jax.Array) -> Float[Array, "B T L"]:
         """Return mean + std eps."""

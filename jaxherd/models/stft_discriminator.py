@@ -6,7 +6,7 @@ Axis letters: B batch, T samples, C audio channels, V views of a stereo signal, 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,10 +117,12 @@ class Verdict:
     Attributes:
       logits: of each scale, [B V, F, N', 1]; high for recordings.
       features: of each scale, the activations after every convolution but the last.
+
+    The leaves may also be shapes.
     """
 
-    logits: tuple[jax.Array, ...]
-    features: tuple[tuple[jax.Array, ...], ...]
+    logits: tuple[Any, ...]
+    features: tuple[tuple[Any, ...], ...]
 
 
 class ScaleDiscriminator(Module):
