@@ -15,7 +15,8 @@ PARAMETER_AXES: dict[str, str] = {
     "expert_mlp": "hidden width F of one routed expert",
     "norm": "scale of a normalisation layer",
     "conv": "taps of a convolution kernel",
-    "channels": "channels of a convolutional feature map",
+    "channels": "channels that a convolution writes",
+    "input_channels": "channels that a convolution reads, or too few to split (a waveform's)",
 }
 
 ACTIVATION_AXES: dict[str, str] = {

@@ -24,6 +24,7 @@ DEFAULT_RULES: Mapping[str, Rule] = {
     "norm": (),
     "conv": (),
     "channels": ("fsdp",),
+    "input_channels": (),
     # activations
     "batch": ("slice", "data", "fsdp", "expert"),
     "length": ("sequence",),

@@ -18,3 +18,22 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def random_tokens(length: int, vocab_size: int, batch: int = 2) -> np.ndarray:
     return np.random.RandomState(length).randint(0, vocab_size, (batch, length))
+
+
+def codec_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return U(0.3, 0.9) for weight-norm gains, U(0.5, 1.5) for snake's, else `random_tensor`.
+
+    Larger gains make a deep snake network chaotic: float32 then decides what comes out.
+    """
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    if name.endswith(("original0", "weight_g")):
+        return random.uniform(0.3, 0.9, shape).astype(np.float32)
+    if name.endswith("alpha"):
+        return random.uniform(0.5, 1.5, shape).astype(np.float32)
+    return random_tensor(name, shape)
+
+
+def random_wave(batch: int, length: int, channels: int) -> np.ndarray:
+    return (
+        np.random.RandomState(length).uniform(-1, 1, (batch, length, channels)).astype(np.float32)
+    )
