@@ -14,7 +14,7 @@ Axis letters: B batch, T frames, C latent channels.  Source: melodyflow.md 6.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.methods.flow_sampling import SamplingPlan, Velocity, evaluations, guided, solve
 from jaxherd.methods.inversion_regularizer import regularize
 
-Method = Literal["regularized", "fixed_point", "ddim", "renoise", "sdedit"]
+Scheme = Literal["implicit", "backward_euler", "noise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Inversion:
     """How to go from data at 1 to `target_flowstep`.
 
     Attributes:
-      method: "regularized" is the paper's; "fixed_point" the same without the KL term; "renoise"
-        the original with the pair term; "ddim" is Euler run backwards, the velocity taken where
-        the step starts; "sdedit" is no inversion: the source is noised to the target time.
+      scheme: "implicit" as above; "backward_euler" takes the velocity where the step starts;
+        "noise" is no inversion: the source is noised to the target time.  The methods of the
+        paper's comparison are `inversion("regularized")` and so on, see `METHODS`.
       steps, sway: of the grid; the same ones as in the generation that follows, else the
         inversion is not the inverse.
       target_flowstep: where it ends; smaller is a stronger edit.
       iterations, keep: K and k.
       weights: "linear" weighs kept velocity j (from 0) by j / sum of the kept j, "uniform" by 1/k.
       lambda_kl, lambda_pair, pair_rolls, gradient_steps, clip, patch: see `regularize`; without
-        any lambda no reference is evaluated.
+        `lambda_kl` no reference is evaluated.
       sigma_min: of the jitter on the reference.
     """
 
-    method: Method = "regularized"
+    scheme: Scheme = "implicit"
     steps: int = 25
     sway: float = -0.8
     target_flowstep: float = 0.0
@@ -62,8 +62,8 @@ class Inversion:
     sigma_min: float = 1e-5
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise JaxherdError(f"no inversion {self.method!r}; " + nearest(self.method, METHODS))
+        if self.scheme not in get_args(Scheme):
+            raise JaxherdError(f"scheme={self.scheme!r}: " + nearest(self.scheme, get_args(Scheme)))
         if not 1 <= self.keep <= self.iterations:
             raise JaxherdError(
                 f"keep must lie between 1 and iterations={self.iterations}, got {self.keep}."
@@ -76,14 +76,9 @@ class Inversion:
             )
 
     @property
-    def implicit(self) -> bool:
-        """Whether a step iterates at its destination."""
-        return self.method not in ("ddim", "sdedit")
-
-    @property
     def referenced(self) -> bool:
         """Whether kept iterations evaluate a reference."""
-        return self.implicit and bool(self.lambda_kl)
+        return self.scheme == "implicit" and bool(self.lambda_kl)
 
     def kept_weights(self) -> np.ndarray:
         """Return the weights of the kept velocities; they sum to 1."""
@@ -96,10 +91,8 @@ class Inversion:
         References share a call with the iterate; counted by calls, as in the paper's demo, a step
         of the implicit methods is `iterations`.
         """
-        if self.method == "sdedit":
-            return 0
-        if not self.implicit:
-            return 1
+        if self.scheme != "implicit":
+            return 1 if self.scheme == "backward_euler" else 0
         return self.iterations + self.keep * self.referenced
 
     def evaluations(self) -> int:
@@ -107,31 +100,28 @@ class Inversion:
         return self.steps * self.evaluations_per_step()
 
 
-def inversion(method: Method, **changes: Any) -> Inversion:
-    """Return the settings of a method by name, with the paper's or the original's parameters.
+def inversion(method: str, **changes: Any) -> Inversion:
+    """Return a method of `METHODS`, with the paper's or the original's parameters.
 
     Raises:
       JaxherdError: no such method.
     """
     if method not in METHODS:
         raise JaxherdError(f"no inversion {method!r}; " + nearest(method, METHODS))
-    return Inversion(**{"method": method, **METHODS[method], **changes})
+    return dataclasses.replace(METHODS[method], **changes)
 
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    "regularized": {},
-    "fixed_point": {"lambda_kl": 0.0},
+METHODS: Mapping[str, Inversion] = {
+    # The paper's.
+    "regularized": Inversion(),
+    "fixed_point": Inversion(lambda_kl=0.0),
     # From memory of the original's defaults (melodyflow.md 6.2, [recall]); its noise prediction
     # is a velocity here, as in the paper's comparison, and the flat mean is over two iterates.
-    "renoise": {
-        "iterations": 9,
-        "keep": 2,
-        "weights": "uniform",
-        "lambda_kl": 0.065,
-        "lambda_pair": 20.0,
-    },
-    "ddim": {"lambda_kl": 0.0},
-    "sdedit": {"lambda_kl": 0.0},
+    "renoise": Inversion(
+        iterations=9, keep=2, weights="uniform", lambda_kl=0.065, lambda_pair=20.0
+    ),
+    "ddim": Inversion("backward_euler"),
+    "sdedit": Inversion("noise"),
 }
 
 
@@ -164,10 +154,10 @@ def invert(
       key: of the references and of SDEdit's noise.
     """
     end = plan.target_flowstep
-    if plan.method == "sdedit":
+    if plan.scheme == "noise":
         noise = jax.random.normal(key, source_BTC.shape)
         z_BTC = (1 - end) * noise + end * source_BTC
-    elif plan.method == "ddim":
+    elif plan.scheme == "backward_euler":
         z_BTC = solve(velocity, source_BTC, _sampling(plan, 1.0, end))
     else:
         z_BTC = _implicit(velocity, source_BTC, plan, key)
