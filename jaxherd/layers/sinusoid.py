@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 
 def sinusoid(
-    x: Float[Array, "..."],
+    x: Num[Array, "..."],
     dim: int,
     *,
     max_period: float = 10000.0,

@@ -71,7 +71,7 @@ class FlowMatching:
         return jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(key, (batch,)))
 
     def __call__(
-        self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array, *, frozen: Any = None
+        self, model: Any, batch: Mapping[str, Any], key: jax.Array, *, frozen: Any = None
     ) -> tuple[jax.Array, Metrics]:
         """Return the mean squared error over rows, frames and channels, and its metrics."""
         time_key, drop_key, jitter_key = jax.random.split(key, 3)

@@ -123,7 +123,7 @@ class T5Layer(Module):
         self.down = linear(6, f, d, ("mlp", "embed"), f**-0.5)
 
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], bias_BNLS: Float[Array, "B N L S"]
+        self, x_BLD: Float[Array, "B L D"], bias_BNLS: Float[Array, "#B N L S"]
     ) -> Float[Array, "B L D"]:
         """Return the residual stream after this layer; the bias holds the mask."""
         y_BLD, heads = self.attention_norm(x_BLD), bias_BNLS.shape[1]

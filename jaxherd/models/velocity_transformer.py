@@ -17,7 +17,7 @@ Source: melodyflow.md 3.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -420,7 +420,7 @@ class VelocityTransformer(Module):
             else None
         )
 
-    def condition(self, batch: Mapping[str, jax.Array]) -> Condition | None:
+    def condition(self, batch: Mapping[str, Any]) -> Condition | None:
         """Return the condition of a batch in the model's width; None without a conditioner.
 
         Raises:
@@ -465,7 +465,7 @@ class VelocityTransformer(Module):
             waves_TD = sinusoid(positions_T, config.embed_dim, include_last=True)
             x_BTD = (x_BTD + config.positional_scale * waves_TD).astype(dtype)
         if config.positional != "sin":
-            cos, sin = rope_lib.angles(RopeConfig(), config.head_dim, positions_T[None])
+            cos, sin = rope_lib.angles(RopeConfig(), config.head_dim, _rows(batch, frames))
             s = config.positional_scale
             table = (s * cos + (1 - s), s * sin)
         if config.conditioner is not None and condition is None:
@@ -507,10 +507,10 @@ class VelocityTransformer(Module):
         return x_BTD
 
 
-def _field(batch: Mapping[str, jax.Array], name: str) -> jax.Array:
+def _field(batch: Mapping[str, Any], name: str) -> jax.Array:
     if name not in batch:
         raise JaxherdError(
             f"the batch has no field {name!r}, which the model's conditioner needs: add it to the "
             "data, or build the model with conditioner=None."
         )
-    return batch[name]
+    return jnp.asarray(batch[name])
