@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face folders to `DecoderConfig` and back.
+"""`config.json` of Hugging Face folders to `DecoderConfig` or `T5EncoderConfig` and back.
 
 Sources: llama4.md sections 2, 6 and 12; mobilellm.md sections 2 and 3; the meaning of
 `no_rope_layers` (1 = the layer uses RoPE) from mobilellm-pro.md section 1.
@@ -13,6 +13,7 @@ from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
 from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights.rope_parameters import plain_rope, read_rope, write_rope
 
 # Class name or model type in a config.json -> our name of the architecture.
@@ -25,6 +26,10 @@ ARCHITECTURES = {
     "llama4_text": "llama4_text",
     "Llama4ForConditionalGeneration": "llama4_text",
     "llama4": "llama4_text",
+    "T5EncoderModel": "t5",
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
+    "t5": "t5",
 }
 
 
@@ -44,16 +49,18 @@ def architecture_of(config: Mapping[str, Any]) -> str:
         shown = next((str(name) for name in named if name), "")
         raise JaxherdError(
             f"config.json: the architecture {shown!r} is not known; "
-            + nearest(shown, [n for n in ARCHITECTURES if n.endswith(("LM", "Generation"))])
+            + nearest(shown, [n for n in ARCHITECTURES if n.endswith(("LM", "Generation", "Model"))])
         )
     if config.get("quantization_config"):
         raise JaxherdError(
             "config.json: quantised safetensors are not read; load the bf16 weights or a GGUF file."
         )
+    if ARCHITECTURES[name] == "t5" and config.get("feed_forward_proj", "relu") == "relu":
+        return "t5_relu"
     return ARCHITECTURES[name]
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+def read_config(config: Mapping[str, Any]) -> Any:
     """Return the model that a `config.json` describes.
 
     Raises:
@@ -193,14 +200,37 @@ def _read_llama4_text(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
+def _read_t5(config: Mapping[str, Any]) -> T5EncoderConfig:
+    kind = config.get("feed_forward_proj", "relu")
+    if kind not in ("relu", "gated-gelu"):
+        raise JaxherdError(
+            f"config.json: feed_forward_proj {kind!r} is not supported; it must be 'relu' or "
+            "'gated-gelu'."
+        )
+    return T5EncoderConfig(
+        int(config["vocab_size"]),
+        int(config["d_model"]),
+        int(config["num_layers"]),
+        int(config["num_heads"]),
+        int(config["d_kv"]),
+        int(config["d_ff"]),
+        kind,
+        int(config.get("relative_attention_num_buckets", 32)),
+        int(config.get("relative_attention_max_distance", 128)),
+        float(config.get("layer_norm_epsilon", 1e-6)),
+    )
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "t5": _read_t5,
+    "t5_relu": _read_t5,
     "llama": _read_llama,
     "mobilellm": _read_mobilellm,
     "llama4_text": _read_llama4_text,
 }
 
 
-def write_config(config: DecoderConfig) -> tuple[str, dict[str, Any]]:
+def write_config(config: Any) -> tuple[str, dict[str, Any]]:
     """Return (architecture, `config.json` entries) for a model that Hugging Face can express.
 
     Whether it can is decided by reading the entries back and comparing.
@@ -208,6 +238,13 @@ def write_config(config: DecoderConfig) -> tuple[str, dict[str, Any]]:
     Raises:
       JaxherdError: no known architecture has such layers.
     """
+    if isinstance(config, T5EncoderConfig):
+        entries = _write_t5(config)
+        return architecture_of(entries), entries
+    if not isinstance(config, DecoderConfig):
+        raise JaxherdError(
+            f"Hugging Face has no form for {type(config).__name__}: save it with format='jaxherd'."
+        )
     plain = _plain(config)
     for name, write in _WRITERS.items():
         entries = write(plain)
@@ -264,6 +301,23 @@ def _base(config: DecoderConfig, model_type: str, class_name: str) -> dict[str, 
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": attention.qkv_bias,
         "attention_dropout": 0.0,
+    }
+
+
+def _write_t5(config: T5EncoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": config.vocab_size,
+        "d_model": config.embed_dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "d_ff": config.hidden_dim,
+        "feed_forward_proj": config.feed_forward,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.norm_eps,
     }
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.modules import abstract, flatten, split
 from jaxherd.data.sources import resolve, scheme_of
+from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights import registry
 from jaxherd.weights.assemble import assemble, decoder_placements
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
@@ -40,9 +41,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 # Not part of the text model: the vision tower and its projection (llama4.md section 6).
 _VISION = ("vision_model.", "multi_modal_projector.")
 
+# A tied table, and the name of its second copy in files that hold one.
+_TIED_COPIES = ("model.embed_tokens.weight", "lm_head.weight")
+_T5_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
+
 
 def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
     """Return the model at `source` as a module; `module.config` tells what it is.
+
+    A T5 folder gives the encoder alone; a decoder in it is left out.
 
     Args:
       source: a folder or file, `hf://`, `pypi://` or `gs://`, an alias (`ALIASES`), or the folder
@@ -75,15 +82,18 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
         return _load_own(path, registry.own_config(config, str(folder)), dtype)
     model, architecture = read_config(config), architecture_of(config)
     store = _Canonical(_open(path))
-    if model.tie_embeddings:
-        _check_second_copy(store)
-    return assemble(
-        model,
-        store,
-        decoder_placements(model, architecture, store),
-        dtype=dtype,
-        ignored=lambda name: _ignored(name, model.tie_embeddings),
-    )
+    if isinstance(model, T5EncoderConfig):
+        _check_second_copy(store, *_T5_COPIES)
+        ignored = _ignored_in_t5
+    else:
+        if model.tie_embeddings:
+            _check_second_copy(store, *_TIED_COPIES)
+
+        def ignored(name: str) -> bool:
+            return _ignored(name, model.tie_embeddings)
+
+    placements = decoder_placements(model, architecture, store)
+    return assemble(model, store, placements, dtype=dtype, ignored=ignored)
 
 
 def resolve_model(source: str | os.PathLike[str]) -> pathlib.Path:
@@ -144,8 +154,7 @@ class _Canonical:
         return self._store.read(self._names[name])
 
 
-def _check_second_copy(store: _Canonical) -> None:
-    table, head = "model.embed_tokens.weight", "lm_head.weight"
+def _check_second_copy(store: _Canonical, table: str, head: str) -> None:
     if (
         table in store.shapes
         and head in store.shapes
@@ -172,6 +181,11 @@ def _ignored(name: str, tied: bool) -> bool:
         or name.startswith(_VISION)
         or (tied and name == "lm_head.weight")
     )
+
+
+def _ignored_in_t5(name: str) -> bool:
+    """A folder of the whole T5 gives its encoder: decoder and head are left out on purpose."""
+    return name.startswith("decoder.") or name in ("lm_head.weight", _T5_COPIES[1])
 
 
 def _load_gguf(path: pathlib.Path, dtype: Any) -> Any:

@@ -15,12 +15,12 @@ Source: llama4.md section 6.
 
 import dataclasses
 from collections.abc import Container, Iterator
+from typing import Any
 
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.layers.rope import half_to_interleaved, interleaved_to_half
-from jaxherd.models.decoder import DecoderConfig
 from jaxherd.models.periods import stacked_layers
 
 
@@ -127,6 +127,24 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         *_linear("feed_forward/down", "blk.{i}.ffn_down"),
     ),
 }
+_T5 = "encoder.block.{i}.layer."
+TABLES["t5"] = (
+    Rule("embedding/table", "shared.weight"),
+    Rule(
+        "relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    ),
+    Rule("final_norm/scale", "encoder.final_layer_norm.weight"),
+    Rule("attention_norm/scale", _T5 + "0.layer_norm.weight"),
+    Rule("feed_forward_norm/scale", _T5 + "1.layer_norm.weight"),
+    *(r for n in "qkvo" for r in _linear(f"{n}_proj", f"{_T5}0.SelfAttention.{n}")),
+    *_linear("gate", _T5 + "1.DenseReluDense.wi_0"),
+    # Version 1.1 names its gate and its other half, version 1.0 has one matrix.
+    *_linear("up", _T5 + "1.DenseReluDense.wi_1"),
+    *_linear("down", _T5 + "1.DenseReluDense.wo"),
+)
+TABLES["t5_relu"] = tuple(
+    dataclasses.replace(r, theirs=r.theirs.replace("wi_1", "wi")) for r in TABLES["t5"]
+)
 # The blocks of MobileLLM are stored once and named as in Llama; sharing is in the config.
 TABLES["mobilellm"] = TABLES["llama"]
 
@@ -151,7 +169,7 @@ class Placement:
 
 
 def place(
-    config: DecoderConfig,
+    config: Any,
     shapes: dict[str, tuple[int, ...]],
     architecture: str,
     present: Container[str] | None = None,
@@ -160,7 +178,8 @@ def place(
 
     Args:
       config: the model.
-      shapes: of our variables, `segments/<s>/<block>/...` with the repetition as first axis.
+      shapes: of our variables, `segments/<s>/<block>/...` with the repetition as first axis, or
+        `layers/...` with the layer, for models whose layers are all of one kind.
       architecture: a key of `TABLES`.
       present: the tensors that exist; decides between alternative names on import.
     Raises:
@@ -171,7 +190,10 @@ def place(
         rules.setdefault(rule.ours, []).append(rule)
     found = []
     for path, shape in shapes.items():
-        inside = path.split("/", 3)[3] if path.startswith("segments/") else path
+        if path.startswith("segments/"):
+            inside = path.split("/", 3)[3]
+        else:
+            inside = path.removeprefix("layers/")
         if inside not in rules:
             raise JaxherdError(
                 f"{architecture} checkpoints have no place for {inside!r}: use format='jaxherd'."
@@ -185,9 +207,14 @@ def place(
 
 
 def _slots(
-    config: DecoderConfig, path: str, shape: tuple[int, ...], rules: list[Rule]
+    config: Any, path: str, shape: tuple[int, ...], rules: list[Rule]
 ) -> Iterator[list[list[Placement]]]:
     """Yield, for every layer of a variable, the alternative lists of placements."""
+    if path.startswith("layers/"):
+        for i in range(shape[0]):
+            names = [(r.theirs.format(i=i), r.their_shape(shape[1:]), r) for r in rules]
+            yield [[Placement(name, theirs, path, (i,), r)] for name, theirs, r in names]
+        return
     if not path.startswith("segments/"):
         yield [[Placement(r.theirs, r.their_shape(shape), path, (), r)] for r in rules]
         return

@@ -15,6 +15,12 @@ from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.t5_encoder import T5EncoderConfig
+from jaxherd.models.velocity_transformer import (
+    LabelEmbedding,
+    TextStates,
+    VelocityTransformerConfig,
+)
 
 FORMAT, VERSION = "jaxherd", 1
 
@@ -23,11 +29,15 @@ CONFIG_CLASSES: list[type] = [
     AttentionConfig,
     DecoderConfig,
     FeedForwardConfig,
+    LabelEmbedding,
     LayerConfig,
     MoeConfig,
     RopeConfig,
     RopeScaling,
+    T5EncoderConfig,
     TemperatureTuning,
+    TextStates,
+    VelocityTransformerConfig,
 ]
 
 
