@@ -95,6 +95,35 @@ def test_inspect_counts_without_data(capsys):
     assert stage["flops_per_token"] == pytest.approx(6 * 16.1e9, rel=0.15)
 
 
+def inspected(capsys, *arguments):
+    status, out, err = call(capsys, "inspect", "llama4/scout", "--json", "--no-batch", *arguments)
+    assert status == 0, err
+    return json.loads(out)["stages"][0]
+
+
+def test_inspect_counts_slices(capsys):
+    one = inspected(capsys, "--on", "v5p:4x4x8")
+    two = inspected(capsys, "--on", "2*v5p:4x4x8")
+    assert one["layout"] == {"fsdp": 8, "expert": 16} and "problem" not in one
+    assert two["layout"] == {"slice": 2, "fsdp": 8, "expert": 16}
+    # Slices hold copies of the state.
+    assert two["state_gib_per_device"] == one["state_gib_per_device"]
+    assert "does not divide by 256" in two["problem"]
+    fitting = ("--on", "2*v5p:4x4x8", "--set", "pretrain.data.batch_size=256")
+    assert "problem" not in inspected(capsys, *fitting)
+
+
+def test_inspect_counts_the_state_as_it_is_stored(capsys):
+    whole = inspected(capsys, "--on", "cpu")
+    half = inspected(capsys, "--on", "cpu", "--set", "pretrain.step.param_dtype=bfloat16")
+    average = inspected(capsys, "--on", "cpu", "--set", "pretrain.step.average_decay=0.99")
+    parameters = whole["parameters"] / 2**30
+    assert whole["state_gib_per_device"] == pytest.approx(12 * parameters, rel=1e-3)
+    # Moments follow the parameters' dtype.
+    assert half["state_gib_per_device"] == pytest.approx(6 * parameters, rel=1e-3)
+    assert average["state_gib_per_device"] == pytest.approx(16 * parameters, rel=1e-3)
+
+
 def test_inspect_decodes_a_batch(capsys):
     status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
     assert status == 0 and "one batch, decoded" in out and "NoPE" in out and "16 experts" in out
