@@ -136,7 +136,7 @@ print(prompt + (generator.run([request])[0].text or ""))
 # %% [markdown]
 # ## Before you rent a slice
 # `jaxherd plan llama4/scout --on v5p:4x4x8` compiles the full-size step with the real TPU compiler,
-# here, and tells memory per chip, collectives and a bound on the step time. Committed plans come
+# here, and tells memory per chip, collectives and an estimate of the step time. Committed plans come
 # with the package.
 
 # %%

@@ -1,13 +1,24 @@
 #!/usr/bin/env bash
 # Prepare one TPU VM worker for jaxherd; safe to run again.
 #
-#   bash startup.sh [REQUIREMENT]     what to install, default jaxherd[tpu,demo,remote]
+#   bash startup.sh SOURCE     what to install: git+https://HOST/OWNER/REPOSITORY@COMMIT, the path of
+#                              a wheel on this worker, or pypi==VERSION
 #
 # `jaxherd launch` does the same over SSH on all workers; this file is for slices you made yourself
-# (gcloud: --metadata-from-file=startup-script=tpu/startup.sh).
+# (gcloud: --metadata-from-file=startup-script=tpu/startup.sh --metadata=jaxherd-source=SOURCE).
 set -euo pipefail
 
-requirement="${1:-jaxherd[tpu,demo,remote]}"
+attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+source="${1:-$(curl -fsS -H "Metadata-Flavor: Google" "$attributes/jaxherd-source" || true)}"
+case "$source" in
+  git+https://*@*) requirement="jaxherd[tpu,demo,remote] @ $source" ;;
+  *.whl) requirement="jaxherd[tpu,demo,remote] @ file://$(realpath "$source")" ;;
+  pypi==?*) requirement="jaxherd[tpu,demo,remote]==${source#pypi==}" ;;
+  *)
+    echo "startup.sh: say what to install: git+https://...@COMMIT, a wheel, or pypi==VERSION" >&2
+    exit 2
+    ;;
+esac
 # Startup scripts run as root without HOME.
 export HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"
 environment="${JAXHERD_ENV:-$HOME/jaxherd-env}"

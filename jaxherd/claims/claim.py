@@ -99,32 +99,59 @@ class Claim:
         """The id without its paper; names the record's files."""
         return self.id.split("/")[1]
 
+    def told(self) -> dict[str, Any]:
+        """Return all that a result depends on, as JSON values: every field of every config."""
+        return {name: describe(getattr(self, name)) for name in _TOLD}
+
     def protocol_hash(self) -> str:
-        """Return a hash of all that a result depends on: text, threshold, seeds, arms, settings.
+        """Return a hash of `told()`: text, threshold, seeds, arms and every value of the settings."""
+        return hash_of(self.told())
 
-        Fields of the settings that have their default value do not count, so that a record does
-        not go stale because some config learned a new option.
+    def is_as_told(self, told: Mapping[str, Any]) -> bool:
+        """Return whether the protocol is the one that an earlier `told()` describes.
+
+        A config may have learned an option since then, if it is at its default: what was run did
+        not have it.  Any value that was told and is another now, a changed default too, counts.
         """
-        parts = {
-            f.name: _told(getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if f.name not in ("run", "decide", "draw", "paper_figure")
-        }
-        text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+        return all(_same(getattr(self, name), told.get(name)) for name in _TOLD)
 
 
-def _told(config: Any) -> Any:
-    """Return what `describe` returns, without fields at their default values."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {}
-        for f in dataclasses.fields(config):
-            value = getattr(config, f.name)
-            if f.default is dataclasses.MISSING or value != f.default:
-                fields[f.name] = _told(value)
-        return {"class": type(config).__name__, **fields}
-    if isinstance(config, Mapping):
-        return {str(key): _told(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [_told(item) for item in config]
-    return describe(config)
+# `run`, `decide` and `draw` are code; the paper's figure decides nothing.
+_TOLD = ("id", "statement", "protocol", "metric", "baselines", "controls", "threshold", "seeds",
+         "arms", "settings")  # fmt: skip
+
+
+def hash_of(told: Mapping[str, Any]) -> str:
+    """Return the hash of what `Claim.told` gave."""
+    text = json.dumps(told, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _same(now: Any, told: Any) -> bool:
+    if dataclasses.is_dataclass(now) and not isinstance(now, type):
+        if not isinstance(told, Mapping) or told.get("class") != type(now).__name__:
+            return False
+        fields = {f.name: f for f in dataclasses.fields(now)}
+        return told.keys() <= fields.keys() | {"class"} and all(
+            _same(getattr(now, name), told[name])
+            if name in told
+            else getattr(now, name) == _default(f)
+            for name, f in fields.items()
+        )
+    if isinstance(now, Mapping):
+        return (
+            isinstance(told, Mapping)
+            and {str(key) for key in now} == told.keys()
+            and all(_same(value, told[str(key)]) for key, value in now.items())
+        )
+    if isinstance(now, list | tuple):
+        return (
+            isinstance(told, list | tuple)
+            and len(now) == len(told)
+            and all(_same(a, b) for a, b in zip(now, told))
+        )
+    return describe(now) == told
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default

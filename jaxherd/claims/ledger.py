@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxherd.claims.claim import VERDICTS, Claim
+from jaxherd.claims.claim import VERDICTS, Claim, hash_of
 from jaxherd.core import catalog, resources
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.core.experiment import write_json
+from jaxherd.core.experiment import describe, write_json
 from jaxherd.core.runner import prepare_folder, versions
 
 RECORDS = "records"
@@ -86,7 +86,10 @@ def status(claim: Claim, record: Mapping[str, Any] | None) -> str:
     """Return the verdict, "not run", or "stale" when the protocol changed since the record."""
     if record is None:
         return "not run"
-    return record["verdict"] if record["protocol_hash"] == claim.protocol_hash() else "stale"
+    # The hash seals what the record says of its protocol; that is then compared with the claim's.
+    told = {**{name: record.get(name) for name in claim.told()}, "id": record.get("claim")}
+    sealed = record["protocol_hash"] == hash_of(told)
+    return record["verdict"] if sealed and claim.is_as_told(told) else "stale"
 
 
 def run_claim(
@@ -101,7 +104,7 @@ def run_claim(
     Args:
       claim: what to run.
       workdir: results of a protocol are kept in `<workdir>/<paper>-<name>-<hash>/<arm>-<seed>/`.
-      root: see `discover`.
+      root: the record goes to `<root>/<paper>/records/`; see `discover`.
       say: prints one line for the user.
     Raises:
       JaxherdError: a folder cannot be written, or an arm returned something that is no number.
@@ -163,6 +166,8 @@ def make_record(
         "controls": list(claim.controls),
         "threshold": dict(claim.threshold),
         "seeds": list(claim.seeds),
+        "arms": list(claim.arms),
+        "settings": describe(claim.settings),
         "verdict": decision.verdict,
         "ours": decision.ours,
         "reasons": list(decision.reasons),
@@ -203,7 +208,7 @@ def _numbers(claim: Claim, arm: str, values: Mapping[str, Any]) -> dict[str, flo
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False

@@ -34,7 +34,8 @@ def main(
         common.local_devices("cpu")
     from jaxherd.claims import ledger, table
 
-    claims = ledger.discover()
+    root, records = _places(workdir, run, readme)
+    claims = ledger.discover(root)
     chosen = ledger.choose(claims, ids)
     if run and not ids:
         raise JaxherdError(f"--run: name the claims to run, among {', '.join(claims)}.")
@@ -43,19 +44,43 @@ def main(
 
         try:
             for claim in chosen:
-                ledger.run_claim(claim, workdir, say=_log)
+                ledger.run_claim(claim, workdir, root=records, say=_log)
         except Interrupted as stopped:
             _log(str(stopped))
             return 143
-    if run or readme:
+    if (run or readme) and records == root:
         for paper in dict.fromkeys(claim.paper for claim in chosen):
-            table.write_readme(paper, claims.values())
-    shown = table.rows(chosen)
+            table.write_readme(paper, claims.values(), root)
+    shown = table.rows(chosen, records)
     if json:
         print(json_lib.dumps(shown, indent=2))
         return 0
     _print(shown)
     return 0
+
+
+def _places(workdir: Path, run: bool, readme: bool) -> tuple[Path, Path]:
+    """Return where the claims are and where their records are, or will be written.
+
+    Both are a checkout's `experiments`, where there is one: an installed package is not written to.
+
+    Raises:
+      JaxherdError: a README is to be written and there is no checkout.
+    """
+    from jaxherd.core import resources
+
+    root = resources.folder("experiments")
+    if not resources.installed():
+        return root, root
+    checkout = resources.checkout()
+    if checkout is not None:
+        return checkout / "experiments", checkout / "experiments"
+    if not run:
+        if readme:
+            raise JaxherdError("--readme writes into a checkout of jaxherd: start it in one.")
+        return root, root
+    _log(f"no checkout of jaxherd here: records are written to {workdir / 'records'}")
+    return root, workdir / "records"
 
 
 def _log(text: str) -> None:

@@ -17,11 +17,25 @@ Overrides = Annotated[
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
+def canonical(on: str) -> str:
+    """Return the spelling of a target that verbs compare: `CPU` is `cpu`.
+
+    Raises:
+      JaxherdError: there is no such target.
+    """
+    from jaxherd.core.targets import parse_target
+
+    text = on.strip().lower()
+    if text != "tpu":
+        parse_target(text)
+    return text
+
+
 def scale_for(on: str, scale: Scale | None) -> Scale:
     """Return the scale that goes with a target unless one is given."""
     if scale is not None:
         return scale
-    kind = on.split(":")[0]
+    kind = canonical(on).split(":")[0]
     if kind == "cpu":
         return "cpu"
     return "gpu" if kind in ("gpu", "h100", "a100") else "full"
@@ -44,8 +58,9 @@ def local_devices(on: str) -> tuple[Any, ...]:
     """Return the devices that a run uses, after joining a multi-host group if there is one.
 
     Raises:
-      JaxherdError: the target's platform is not on this machine.
+      JaxherdError: the target's platform is not on this machine, or not as many devices of it.
     """
+    on = canonical(on)
     platform = {"cpu": "cpu", "gpu": "cuda", "h100": "cuda", "a100": "cuda"}.get(
         on.split(":")[0], "tpu"
     )
@@ -65,7 +80,7 @@ def local_devices(on: str) -> tuple[Any, ...]:
             process_id=int(os.environ["JAXHERD_PROCESS"]),
         )
     elif platform == "tpu":
-        _join_workers(jax)
+        _join_workers(jax, on)
     try:
         devices = tuple(jax.devices(platform))
     except RuntimeError as error:
@@ -75,8 +90,6 @@ def local_devices(on: str) -> tuple[Any, ...]:
         ) from error
     count = on.partition(":")[2]
     if platform != "tpu" and count:
-        if not count.isdigit() or int(count) < 1:
-            raise JaxherdError(f"--on {on}: write {on.split(':')[0]}:N with a number of devices.")
         if int(count) > len(devices):
             hint = (
                 f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
@@ -87,22 +100,51 @@ def local_devices(on: str) -> tuple[Any, ...]:
                 f"--on {on}: this machine has {len(devices)} {platform} device(s); {hint}."
             )
         return devices[: int(count)]
+    if platform == "tpu" and on != "tpu":
+        _check_slice(on, devices)
     return devices[:1] if platform == "cpu" and jax.process_count() == 1 else devices
 
 
-def _join_workers(jax: Any) -> None:
+def _join_workers(jax: Any, on: str) -> None:
     """Join the workers of a slice; jax finds them by itself on Cloud TPU VMs and on GKE.
 
+    A lone TPU machine that says nothing of workers (Colab) needs no joining.
+
     Raises:
-      JaxherdError: this is no TPU worker.
+      JaxherdError: there is no TPU here, or it is part of a slice whose workers were not found.
     """
     try:
         jax.distributed.initialize()
     except Exception as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    else:
+        return
+    try:
+        devices, workers = jax.devices("tpu"), jax.process_count()
+    except RuntimeError as error:
         raise JaxherdError(
-            f"this machine is no TPU worker ({str(error).splitlines()[0][:120]}): run with --on cpu, "
-            "or use `jaxherd launch`."
+            f"there is no TPU on this machine for --on {on} ({reason}): run with --on cpu, or use "
+            "`jaxherd launch`."
         ) from error
+    if workers > 1 or len(devices) != len(jax.local_devices(backend="tpu")):
+        raise JaxherdError(
+            f"this machine is one of {workers} workers of a slice and could not join the others "
+            f"({reason}): start the same command on all workers, as `jaxherd launch` does."
+        )
+
+
+def _check_slice(on: str, devices: tuple[Any, ...]) -> None:
+    """Raise a `JaxherdError` unless the devices are those of the slice that was named."""
+    from jaxherd.core.targets import CHIPS, parse_target
+
+    target, kind = parse_target(on), devices[0].device_kind
+    # A kind that the chip table does not know may be a newer name of the same chip.
+    other = kind in {chip.device_kind for chip in CHIPS.values()} - {target.chip.device_kind}
+    if len(devices) != target.devices or other:
+        raise JaxherdError(
+            f"--on {on} is {target.devices} devices of {target.chip.device_kind!r}, and here are "
+            f"{len(devices)} of {kind!r}: name the slice that is here, or write --on tpu."
+        )
 
 
 def persistent_cache() -> None:
@@ -122,7 +164,7 @@ def compiler_options(on: str, devices: tuple[Any, ...]) -> dict[str, Any]:
     from jaxherd.core.targets import CHIPS, parse_target
     from jaxherd.planning.flags import DEFAULT_SETS, FLAG_SETS, options_for
 
-    if on != "tpu":
+    if canonical(on) != "tpu":
         return options_for(parse_target(on))
     kind = devices[0].device_kind
     families = [name for name, chip in CHIPS.items() if chip.device_kind == kind]

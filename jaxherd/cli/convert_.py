@@ -1,11 +1,13 @@
 """`jaxherd convert`: from any source that `jaxherd.load` reads to a folder."""
 
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
 
 
 def main(
@@ -15,8 +17,9 @@ def main(
     to: Literal["hf", "jaxherd"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> int:
-    """Write a model as a Hugging Face folder or in jaxherd's own format.
+    """Write a model as a Hugging Face folder or in jaxherd's own format, with its tokenizer.
 
+    Chat template, stop tokens and sampling defaults of the source come along.
     Example: jaxherd convert smollm2-135m-instruct ./smollm2 --to hf --dtype bfloat16
 
     Args:
@@ -27,8 +30,32 @@ def main(
     """
     common.use_platform("cpu")
     import jaxherd
+    from jaxherd.weights.generation import companion_files, generation_defaults
+    from jaxherd.weights.save import check_target
 
+    check_target(folder)
+    companions, has_tokenizer = companion_files(source)
+    tokenizer = None if has_tokenizer else _tokenizer(source)
     module = jaxherd.load(source, dtype=dtype)
-    jaxherd.save(module, folder, format=to)
-    print(f"wrote {module.config.num_params():,} parameters to {folder}")
+    jaxherd.save(
+        module,
+        folder,
+        format=to,
+        tokenizer=tokenizer,
+        generation=generation_defaults(source),
+        companions=companions,
+    )
+    beside = " and the tokenizer" if has_tokenizer or tokenizer is not None else ""
+    print(f"wrote {module.config.num_params():,} parameters{beside} to {folder}")
     return 0
+
+
+def _tokenizer(source: str) -> Any:
+    """Return the tokenizer inside the source; weights without one can be converted too."""
+    import jaxherd
+
+    try:
+        return jaxherd.load_tokenizer(source)
+    except JaxherdError as error:
+        print(f"jaxherd: no tokenizer is written: {error}", file=sys.stderr)
+        return None

@@ -17,7 +17,7 @@ def main(
     max_new_tokens: int = 200,
     temperature: float | None = None,
     top_p: float | None = None,
-    top_k: int = 0,
+    top_k: int | None = None,
     min_p: float = 0.0,
     seed: int = 0,
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
@@ -37,7 +37,7 @@ def main(
         max_new_tokens: at most so many.
         temperature: 0 takes the likeliest token; the model's own default if not given, else 0.
         top_p: keep the likeliest tokens up to this share; the model's own default, else 1.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens, 0 keeps all; the model's own default, else 0.
         min_p: keep tokens at least this share as likely as the likeliest.
         seed: of the sampling.
         stop: end before any of these strings.
@@ -61,7 +61,7 @@ def main(
     sampling = Sampling(
         temperature=_first(temperature, defaults.temperature, 0.0),
         top_p=_first(top_p, defaults.top_p, 1.0),
-        top_k=top_k,
+        top_k=_first(top_k, defaults.top_k, 0),
         min_p=min_p,
     )
     if chat and not words.chat_template:

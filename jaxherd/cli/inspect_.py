@@ -1,11 +1,13 @@
 """`jaxherd inspect`: what an experiment is, before anything trains."""
 
+import dataclasses
 import json as json_lib
 from typing import Any
 
 import tyro
 
 from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Scale, describe
 
 
@@ -55,7 +57,7 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
     if not hasattr(stage, "model"):
         return {"name": stage.name}
     model, spec = stage.model, stage.data.batch_spec()
-    sizes = stage.layout.sizes(target.devices)
+    partitioner = _partitioner(stage, target)
     about = {
         "name": stage.name,
         "parameters": model.num_params(),
@@ -65,11 +67,14 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
         "flops_per_step": stage.flops_per_step(),
         "flops_per_token": stage.flops_per_step() / stage.units_per_step(),
         "total_flops": stage.flops_per_step() * stage.run_config.steps,
-        "layout": {k: v for k, v in sizes.items() if v > 1} or {"devices": 1},
-        "state_gib_per_device": _state_bytes(stage, sizes) / 2**30,
+        "layout": {k: v for k, v in partitioner.mesh.shape.items() if v > 1} or {"devices": 1},
+        "state_gib_per_device": _state_bytes(stage, partitioner) / 2**30,
         "hbm_gib_per_device": target.chip.hbm_gib / target.chip.devices_per_chip,
         "batch": {name: [list(f.shape), str(f.dtype), list(f.axes)] for name, f in spec.items()},
     }
+    problem = _problem(spec, partitioner)
+    if problem:
+        about["problem"] = problem
     if hasattr(model, "segments"):
         about["layers"] = [
             f"{s.count} x (" + " + ".join(f"{r.length} {_kind(r.layer)}" for r in s.runs) + ")"
@@ -89,26 +94,59 @@ def _kind(layer: Any) -> str:
     return f"[{span}, {rope}, {f'{experts} experts' if experts else 'dense'}]"
 
 
-def _state_bytes(stage: Any, sizes: dict[str, int]) -> float:
-    """Return the bytes of parameters and optimiser state on one device under the layout."""
+@dataclasses.dataclass(frozen=True)
+class _StandIn:
+    """A device as far as shapes of shards depend on it: no compiler need be installed."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    process_index: int = 0
+
+
+def _partitioner(stage: Any, target: Any) -> Any:
+    """Return the mesh and rules that a run on the target would have."""
+    from jaxherd.core.sharding import Partitioner
+
+    per_slice = target.devices // target.num_slices
+    return Partitioner.create(
+        stage.layout, [_StandIn(i, i // per_slice) for i in range(target.devices)]
+    )
+
+
+def _state_bytes(stage: Any, partitioner: Any) -> int:
+    """Return the bytes of the train state (parameters, moments, averages) on one device."""
     import math
 
     import jax
 
-    from jaxherd.core.modules import abstract, flatten, split
+    from jaxherd.training.step import Program
 
-    definition, params, _ = split(abstract(stage.model.build, jax.random.key(0)))
-    axes, rules = flatten(definition.axes()[0]), stage.layout.rules()
-    optimizer = stage.optimizer.build(stage.run_config.steps, definition.axes()[0])
-    state = jax.eval_shape(optimizer.init, params)
-    moments = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in flatten(params).values())
-    total = 0.0
-    for name, leaf in flatten(params).items():
-        used = {axis for logical in axes[name] if logical for axis in rules[logical]}
-        parts = math.prod(sizes[axis] for axis in used)
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize / parts
-    return total * (1 + moments / whole)
+    # The batch takes no part in it, so that it may be one that does not fit the devices.
+    program = Program(
+        stage.model,
+        stage.objective,
+        stage.optimizer,
+        partitioner,
+        total_steps=stage.run_config.steps,
+        config=stage.step,
+        guards=stage.guards,
+        batch_shardings={},
+    )
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(program.abstract_state())
+    )
+
+
+def _problem(spec: Any, partitioner: Any) -> str | None:
+    """Return why the batch does not fit the devices, or None."""
+    try:
+        for name, field in spec.items():
+            partitioner.sharding(field.axes, field.shape, f"batch field {name!r}")
+    except JaxherdError as error:
+        return str(error)
+    return None
 
 
 def _print(record: dict[str, Any]) -> None:

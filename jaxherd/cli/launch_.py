@@ -12,11 +12,11 @@ def main(
     project: str,
     zone: str,
     bucket: str,
+    source: str,
     name: str = "jaxherd",
     runtime_version: str | None = None,
     spot: bool = False,
     reserved: bool = False,
-    source: str = "pypi",
     set: common.Overrides = (),
     seed: int = 0,
     dry_run: bool = False,
@@ -24,7 +24,7 @@ def main(
     """Ask for a slice as a queued resource, install jaxherd on every worker, and start the run.
 
     Example: jaxherd launch llama4/scout --on v5p-256 --project p --zone us-east5-a
-             --bucket gs://my-bucket/runs --dry-run
+             --bucket gs://my-bucket/runs --source dist/jaxherd-0.1.0-py3-none-any.whl --dry-run
 
     Args:
         experiment: `<paper>/<file>`.
@@ -32,11 +32,11 @@ def main(
         project: Google Cloud project.
         zone: such as us-east5-a.
         bucket: gs://... for checkpoints and logs; every worker must see it.
+        source: what to install: a wheel's path, git+https://...@COMMIT, or pypi==VERSION.
         name: of the queued resource and its nodes.
         runtime_version: TPU VM software; the generation's default if not given.
         spot: capacity that may be taken away at any time.
         reserved: capacity from a reservation.
-        source: pypi, pypi==VERSION, git+https://..., or the path of a wheel.
         set: overrides of the experiment, checked here before anything is rented.
         seed: of the run.
         dry_run: print the commands and do nothing.
@@ -47,8 +47,8 @@ def main(
     target = parse_target(on)
     common.load_experiment(experiment, "full", set)
     arguments = ["--seed", str(seed)]
-    if set:
-        arguments += ["--set", *set]
+    for assignment in set:
+        arguments += ["--set", assignment]
     commands = launch_commands(
         experiment,
         target,

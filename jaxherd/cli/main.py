@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return tyro.cli(module.main, prog=f"jaxherd {verb}", args=arguments[1:]) or 0
     except JaxherdError as error:
         print(f"jaxherd: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

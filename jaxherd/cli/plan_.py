@@ -35,10 +35,13 @@ def main(
         scale: cpu, gpu or full; follows from --on if not given.
         stage: plan only this stage.
         flags: named set of compiler options; see tpu/flags.md.
-        save: also write the JSON to this file.
+        save: also write the JSON to this file; several stages make a list.
     """
     from jaxherd.core.targets import parse_target, prepare_environment
+    from jaxherd.planning.report import check_plan_file, plans_json, save_plans
 
+    if save is not None:
+        check_plan_file(save)
     prepare_environment()
     chosen = scale or ("full" if on is None else common.scale_for(on, None))
     loaded = common.load_experiment(experiment, chosen, set)
@@ -47,12 +50,12 @@ def main(
     common.use_platform("cpu")
     plans = [plan_stage(loaded, item, target, flags) for item in _stages(loaded, stage)]
     for plan in plans:
-        if json:
-            print(plan.to_json())
-        else:
+        if not json:
             plan.render()
-        if save is not None:
-            plan.save(save)
+    if json:
+        print(plans_json(plans), end="")
+    if save is not None:
+        save_plans(plans, save)
     return 0 if all(plan.fits for plan in plans) else 1
 
 

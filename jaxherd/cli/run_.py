@@ -35,11 +35,9 @@ def main(
         quiet: print no progress.
     """
     from jaxherd.core.runner import run_experiment
-    from jaxherd.core.targets import parse_target
     from jaxherd.training.stage import Interrupted
 
-    if on != "tpu":
-        parse_target(on)
+    on = common.canonical(on)
     if workdir is not None and "://" in str(workdir).replace(":/", "://", 1):
         raise JaxherdError(
             f"workdir {workdir} is no local folder: mount the bucket (gcsfuse) and give its path."

@@ -2,14 +2,26 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class JaxherdError(ValueError):
     """Bad input, told in one sentence that names the thing and the remedy.
 
-    The command line prints the message alone and exits with status 2; a traceback from jaxherd
+    The command line prints the message alone and exits with `exit_status`; a traceback from jaxherd
     therefore always means a fault of ours.
     """
+
+    exit_status: ClassVar[int] = 2
+
+
+class StorageError(JaxherdError):
+    """A disk that could not be written: what to mend is outside of the command and may pass.
+
+    Its own exit status (EX_IOERR of sysexits.h) lets a restart loop try again.
+    """
+
+    exit_status: ClassVar[int] = 74
 
 
 class MissingExtraError(JaxherdError, ImportError):

@@ -16,3 +16,19 @@ def folder(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     raise JaxherdError(f"this installation of jaxherd has no folder {name!r}: reinstall it.")
+
+
+def installed() -> bool:
+    """Return whether the recipes lie inside the installed package, where nothing is to be written."""
+    return folder("experiments").is_relative_to(Path(__file__).parents[1])
+
+
+def checkout() -> Path | None:
+    """Return the nearest checkout of jaxherd: the current folder or one above it, or None."""
+    here = Path.cwd()
+    for place in (here, *here.parents):
+        if (place / "jaxherd" / "core" / "resources.py").is_file() and (
+            place / "experiments"
+        ).is_dir():
+            return place
+    return None

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import (
     Experiment,
     StageContext,
@@ -73,7 +73,7 @@ def run_experiment(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         reason = "is read-only" if error.errno == errno.EROFS else "is full"
-        raise JaxherdError(
+        raise StorageError(
             f"the disk of {workdir} {reason}: make room and run the same command to go on."
         ) from error
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxherd.core.modules import Module, parameter
 from jaxherd.core.sharding import shard
 from jaxherd.kernels.attention import AttentionMask, attention
+from jaxherd.kernels.attention.mask import allowed_pairs
 from jaxherd.layers import rope as rope_lib
 from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.layers.linear import Linear, unit_rms
@@ -101,15 +102,7 @@ class AttentionConfig:
         Counts the keys that the rule lets a query see (half of them under a causal rule), two
         products of N H multiply-adds a pair.
         """
-        if self.kind == "bidirectional":
-            pairs = length * length
-        elif self.kind == "causal" or self.size is None or self.size >= length:
-            pairs = length * (length + 1) / 2
-        elif self.kind == "sliding_window":
-            pairs = self.size * (self.size + 1) / 2 + (length - self.size) * self.size
-        else:
-            whole, rest = divmod(length, self.size)
-            pairs = whole * self.size * (self.size + 1) / 2 + rest * (rest + 1) / 2
+        pairs = allowed_pairs(self.kind, self.size, length)
         return 4.0 * pairs * self.num_heads * self.head_dim
 
 

@@ -227,7 +227,7 @@ def _notes(timeline: Timeline, target: Target) -> tuple[str, ...]:
         )
     if timeline.kernels:
         notes.append(
-            f"{len(timeline.kernels)} Pallas kernel calls are priced by their own cost_estimate at "
+            f"{len(timeline.kernels)} Pallas kernel calls are priced by the FLOPs they state at "
             f"{KERNEL_EFFICIENCY:.0%} of peak."
         )
     if timeline.unpriced_kernels:

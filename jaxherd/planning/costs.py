@@ -2,9 +2,10 @@
 
 Where the compiler states `estimated_cycles` they are used.  It states none for copies, dynamic
 updates and Pallas kernels: those are priced by their bytes over the HBM bandwidth, and a kernel by
-its own `cost_estimate`, at `KERNEL_EFFICIENCY` of the peak.  All of this is an estimate.
+the FLOPs that it states, at `KERNEL_EFFICIENCY` of the peak.  All of this is an estimate.
 """
 
+import re
 from dataclasses import dataclass
 
 from jaxherd.core.chips import Chip
@@ -33,6 +34,8 @@ _FREE = frozenset(
     )
 )
 _MATMULS = frozenset(("dot", "convolution"))
+_NUMBER = r"\d\.\d+e[+-]\d+"
+_STATED = rf"kernel_flops_forward_(?P<forward>{_NUMBER})_backward_(?P<backward>{_NUMBER})"
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 
 
@@ -48,6 +51,17 @@ class Cost:
     """Whether it is a hand-written kernel."""
     priced: bool = True
     """False for a kernel that says nothing of its FLOPs: it is priced by its bytes alone."""
+
+
+def scope_flops(instruction: Instruction) -> float:
+    """Return the FLOPs that a kernel's name scope states, 0 if none does.
+
+    `kernels/attention/splash.py` writes the scope; the kernel's own name tells the backward pass.
+    """
+    found = re.search(_STATED, instruction.op_name)
+    if found is None:
+        return 0.0
+    return float(found["backward" if re.search(r"_d(kv|q)_", instruction.name) else "forward"])
 
 
 class CostModel:
@@ -81,6 +95,7 @@ class CostModel:
                 return Cost(transfer, 0.0, moved)
             estimate = instruction.cost_estimate()
             flops, stated = estimate or (0.0, 0.0)
+            flops = flops or scope_flops(instruction)
             matmul = flops / (self.peak * KERNEL_EFFICIENCY)
             seconds = max(matmul, max(moved, stated) / self.bandwidth)
             return Cost(seconds, matmul, max(moved, stated), kernel=True, priced=bool(flops))

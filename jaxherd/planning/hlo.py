@@ -293,6 +293,21 @@ def _instruction(line: str) -> Instruction | None:
     )
 
 
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield lines; an instruction whose attributes hold line breaks (kernels' do) comes as one."""
+    held: list[str] = []
+    for line in text.splitlines():
+        if held and not (_NAME.match(line) or _END.match(line) or _HEADER.match(line)):
+            held.append(line)
+            continue
+        if held:
+            yield "".join(held)
+        held = [line] if _NAME.match(line) else []
+        if not held:
+            yield line
+    yield "".join(held)
+
+
 def parse_hlo(text: str) -> Module:
     """Parse `compiled.as_text()`.
 
@@ -301,7 +316,7 @@ def parse_hlo(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", []
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if header := _HEADER.match(line):
             name, lines = header[2], []
             entry = name if header[1] else entry

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.targets import Target
 
 # Google Cloud's TPU software versions for JAX (Cloud TPU, "TPU VM runtime versions").
@@ -43,8 +43,8 @@ _FORMS = {
         "gs://my-bucket",
     ),
     "git source": (
-        r"git\+https://[A-Za-z0-9.\-]+(?:/[A-Za-z0-9._\-]+)+(?:@[A-Za-z0-9._/\-]+)?",
-        "git+https://github.com/owner/repository@main",
+        r"git\+https://[A-Za-z0-9.\-]+(?:/[A-Za-z0-9._\-]+)+@[A-Za-z0-9._/\-]+",
+        "git+https://github.com/owner/repository@COMMIT",
     ),
     "version": (r"[0-9][0-9A-Za-z.+!]{0,40}", "0.1.0"),
     "experiment": (
@@ -54,6 +54,23 @@ _FORMS = {
 }
 _WAIT_SECONDS = 30
 _PYTHON = "3.12"
+
+# Google's package archive for gcsfuse, which Ubuntu's own does not hold (Cloud Storage FUSE, "Install").
+_GCSFUSE = (
+    "command -v gcsfuse > /dev/null || { "
+    "curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg "
+    "| sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null; "
+    'echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] '
+    'https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" '
+    "| sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null; "
+    "sudo apt-get -q update; sudo apt-get -y -q install gcsfuse; }; "
+)
+# Orbax commits a checkpoint by renaming its folder.  A bucket without a hierarchical namespace
+# knows no folders, and gcsfuse refuses to rename one with this many files or more; its default, 0,
+# refuses all.
+_RENAME_LIMIT = 1_000_000
+# Seconds before a run is started again; a full or unreachable disk wants some time.
+_PAUSE, _STORAGE_PAUSE = 15, 300
 
 
 @dataclass(frozen=True)
@@ -93,8 +110,6 @@ def _check(kind: str, value: str) -> str:
 
 def _install(source: str, name: str, copy: Callable[[Path], Command]) -> tuple[list[Command], str]:
     """Return the copies needed first and the requirement that pip is given on the worker."""
-    if source == "pypi":
-        return [], "jaxherd[tpu,demo,remote]"
     if source.startswith("pypi=="):
         version = _check("version", source.removeprefix("pypi=="))
         return [], f"jaxherd[tpu,demo,remote]=={version}"
@@ -110,8 +125,8 @@ def _install(source: str, name: str, copy: Callable[[Path], Command]) -> tuple[l
             raise JaxherdError(f"The wheel {source!r} does not exist: build it first.")
         return [copy(wheel)], f"jaxherd[tpu,demo,remote] @ file:///tmp/{wheel.name}"
     raise JaxherdError(
-        f"Unknown source {source!r}: choose 'pypi', 'pypi==0.1.0', "
-        "'git+https://host/owner/repository@ref', or the path of a wheel."
+        f"Unknown source {source!r}: give the path of a wheel, "
+        "'git+https://host/owner/repository@COMMIT', or 'pypi==VERSION'."
     )
 
 
@@ -120,7 +135,8 @@ def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequenc
 
     The bucket is mounted with gcsfuse, so that checkpoints and logs are ordinary files.
 
-    Exit status 2 is bad input, which no restart mends; 143 is a stop that was asked for.
+    Exit status 2 is bad input, which no restart mends; 143 is a stop that was asked for; 74 a disk
+    that could not be written, which gets more time.
     """
     run = ["jaxherd", "run", experiment, "--on", target.name]
     bucket, _, folder = workdir.removeprefix("gs://").partition("/")
@@ -128,11 +144,13 @@ def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequenc
     loop = (
         ". ~/jaxherd-env/bin/activate; mkdir -p ~/jaxherd-bucket; "
         "mountpoint -q ~/jaxherd-bucket || gcsfuse --implicit-dirs "
-        f"{shlex.quote(bucket)} ~/jaxherd-bucket || exit 2; "
+        f"--rename-dir-limit={_RENAME_LIMIT} {shlex.quote(bucket)} ~/jaxherd-bucket || exit 2; "
         "for attempt in $(seq 1 100); do "
         f"{shlex.join(run)} --workdir {mounted} {shlex.join(run_args)}; status=$?; "
-        '[ "$status" = 0 ] && exit 0; [ "$status" = 2 ] && exit 2; [ "$status" = 143 ] && exit 143; '
-        'echo "jaxherd launch: attempt $attempt ended with $status, resuming"; sleep 15; done'
+        f'case "$status" in 0|2|143) exit "$status";; {StorageError.exit_status}) '
+        f"pause={_STORAGE_PAUSE};; *) pause={_PAUSE};; esac; "
+        'echo "jaxherd launch: attempt $attempt ended with $status, resuming in $pause s"; '
+        'sleep "$pause"; done'
     )
     return f"nohup bash -c {shlex.quote(loop)} >> ~/jaxherd.log 2>&1 < /dev/null & echo started"
 
@@ -145,10 +163,10 @@ def launch_commands(
     zone: str,
     name: str,
     bucket: str,
+    source: str,
     runtime_version: str | None = None,
     spot: bool = False,
     reserved: bool = False,
-    source: str = "pypi",
     run_args: Sequence[str] = (),
 ) -> list[Command]:
     """Return the commands that rent `target` and run `experiment` on all its workers.
@@ -163,7 +181,8 @@ def launch_commands(
         runtime_version: TPU VM software; default by generation.
         spot: ask for capacity that may be taken away at any time.
         reserved: take it from a reservation.
-        source: `pypi`, `pypi==VERSION`, `git+https://...`, or the path of a local wheel.
+        source: what the workers install: the path of a local wheel, `git+https://...@COMMIT`, or
+            `pypi==VERSION`.
         run_args: further arguments of `jaxherd run`.
 
     Raises:
@@ -235,7 +254,7 @@ def launch_commands(
         commands += copies
         # The image's own Python (3.10 on Ubuntu 22.04) is older than jaxherd needs; uv brings one.
         install = (
-            "set -e; command -v gcsfuse || sudo apt-get -y -q install gcsfuse; "
+            f"set -e; {_GCSFUSE}"
             "python3 -m pip install -q --user uv; "
             "[ -x ~/jaxherd-env/bin/python ] || "
             f"~/.local/bin/uv venv -q --python {_PYTHON} ~/jaxherd-env; "

@@ -68,9 +68,9 @@ def render_plan(plan: Plan, console: Any = None) -> None:
         )
         table.add_row("non-matmul time", percent(plan.non_matmul_share), "estimate, of core time")
         table.add_row(
-            "[bold]step, at least[/]",
+            "[bold]step, estimated[/]",
             f"[bold]{duration(plan.estimated_step_seconds)}[/]",
-            f"bound; largest term: {plan.bottleneck}",
+            f"bound and what nothing hides; largest term: {plan.bottleneck}",
         )
         table.add_row("[bold]MFU, at most[/]", f"[bold]{percent(plan.mfu_bound)}[/]", "bound")
         table.add_row("schedule", duration(plan.schedule_seconds), "compiler's cycle estimates")

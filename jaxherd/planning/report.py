@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, StorageError
 
 GIB = 1024**3
 
@@ -63,9 +65,10 @@ class Plan:
     """What is known of one training step before any chip is rented; all figures are per step.
 
     Facts of the compiled program: `fits`, `hbm_gib_per_chip`, `memory`, `collective_bytes`, the
-    number and kind of collectives.  Bounds: `estimated_step_seconds`, `mfu_bound` (hardware will
-    not be faster than these say).  Estimates from the compiler's cost model, which nothing has
-    measured: `exposed_collective_share`, `non_matmul_share`, `schedule_seconds`.
+    number and kind of collectives.  A bound: `mfu_bound` (hardware will do no better).  Estimates,
+    which nothing has measured: `estimated_step_seconds`, which adds what nothing hides to a bound,
+    and `exposed_collective_share`, `non_matmul_share` and `schedule_seconds` from the compiler's
+    cost model and the FLOPs that kernels state.
     """
 
     experiment: str
@@ -89,10 +92,10 @@ class Plan:
     compile_seconds: float = 0.0
     """Wall time of lowering and compiling, here."""
     estimated_step_seconds: float | None = None
-    """max(FLOPs at peak, HBM bytes at full bandwidth) + exposed collectives: the first two terms are
-    bounds, the exposure is an estimate."""
+    """An estimate: max(FLOPs at peak, HBM bytes at full bandwidth), which is a bound, + the estimated
+    exposure of collectives."""
     bottleneck: str = ""
-    """The largest term of that bound: `compute`, `hbm` or `collectives`; `memory` on a misfit."""
+    """The largest term of that estimate: `compute`, `hbm` or `collectives`; `memory` on a misfit."""
     mfu_bound: float | None = None
     """FLOPs at peak / max(FLOPs at peak, HBM bytes at full bandwidth): no run will do better."""
 
@@ -148,12 +151,52 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the JSON to `path`, whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(self.to_json())
-        temporary.replace(path)
+        save_plans([self], path)
 
     def render(self, console: Any = None) -> None:
         """Print the plan as tables that say how to read them (see `planning/render.py`)."""
         from jaxherd.planning.render import render_plan
 
         render_plan(self, console)
+
+
+def plans_json(plans: Sequence[Plan]) -> str:
+    """Return one plan as its object and several as a list, as indented JSON."""
+    if len(plans) == 1:
+        return plans[0].to_json()
+    return json.dumps([dataclasses.asdict(plan) for plan in plans], indent=1) + "\n"
+
+
+def save_plans(plans: Sequence[Plan], path: Path) -> None:
+    """Write `plans_json(plans)` to `path`, whole or not at all.
+
+    Raises:
+        StorageError: the disk could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(plans_json(plans))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"The plan could not be written to {path} ({error.strerror or error}): make room or "
+            "choose another file."
+        ) from error
+
+
+def check_plan_file(path: Path) -> None:
+    """Say before a long compile that `save_plans` could not write there.
+
+    Raises:
+        JaxherdError: it is a folder, or its folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise JaxherdError(f"--save {path} is a folder: give the name of a file in it.")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise JaxherdError(
+            f"--save {path} cannot be written ({error.strerror or error}): choose another file."
+        ) from error

@@ -74,6 +74,41 @@ def _from_gguf(metadata: Mapping[str, Any]) -> GenerationDefaults:
     )
 
 
+# What other libraries write beside the weights: the tokenizer, its chat template, its defaults.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.spm",
+    "jaxherd_tokenizer.json",
+)
+_OTHER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def companion_files(source: str | os.PathLike[str]) -> tuple[list[pathlib.Path], bool]:
+    """Return the files of a model folder that say how to use it, and whether a tokenizer is there.
+
+    A GGUF file has none: its tokenizer is inside.
+    """
+    from jaxherd.weights.load import gguf_at, resolve_model
+
+    path = resolve_model(source)
+    if gguf_at(path) is not None:
+        return [], False
+    folder = path if path.is_dir() else path.parent
+    tokenizer = [found for name in _TOKENIZER_FILES for found in sorted(folder.glob(name))]
+    others = [found for name in _OTHER_FILES for found in folder.glob(name)]
+    return [*tokenizer, *others], bool(tokenizer)
+
+
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """Return the tokenizer of a model source, with its chat template and stop tokens.
 

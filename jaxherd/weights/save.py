@@ -5,12 +5,13 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.errors import JaxherdError, StorageError, nearest
 from jaxherd.core.modules import flatten, split
 from jaxherd.weights import registry
 from jaxherd.weights.generation import GenerationDefaults
@@ -29,6 +30,7 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Any = None,
     generation: GenerationDefaults | None = None,
+    companions: Sequence[pathlib.Path] = (),
 ) -> pathlib.Path:
     """Write a model to a new folder and return its path.
 
@@ -40,17 +42,17 @@ def save(
       max_shard_bytes: larger models are split into several files with an index.
       tokenizer: is saved beside the model.
       generation: stop tokens and sampling defaults, saved beside the model.
+      companions: files that are copied as they are (see `generation.companion_files`).
     Raises:
-      JaxherdError: an unknown format, a folder that is not empty, or a model that the format
-        cannot express; nothing is written then.
+      JaxherdError: an unknown format, a folder that is not empty or cannot be made, or a model that
+        the format cannot express; nothing is written then.
+      StorageError: the disk could not be written; nothing is left of it.
     """
     if format not in FORMATS:
         raise JaxherdError(f"no checkpoint format {format!r}; " + nearest(format, FORMATS))
     if max_shard_bytes < 1:
         raise JaxherdError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
-    target = pathlib.Path(folder).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise JaxherdError(f"{str(target)!r} exists and is not empty: name a new folder.")
+    target = check_target(folder)
     _, params, buffers = split(module)
     if format == "hf":
         architecture, entries = write_config(module.config)
@@ -65,9 +67,10 @@ def save(
             for kind, tree in (("params", params), ("buffers", buffers))
             for path, a in flatten(tree).items()
         }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         scratch.chmod(0o755)
         write_shards(scratch, tensors, max_shard_bytes=max_shard_bytes)
         _write_json(scratch / "config.json", entries)
@@ -75,11 +78,38 @@ def save(
             _write_json(scratch / "generation_config.json", generation.to_hf())
         if tokenizer is not None:
             tokenizer.save(scratch)
+        for path in companions:
+            shutil.copyfile(path, scratch / path.name)
         if target.exists():
             target.rmdir()
         scratch.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"{str(target)!r} could not be written ({error.strerror or error}): make room or choose "
+            "another folder."
+        ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def check_target(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the absolute path of a folder that `save` can make; leaves nothing behind.
+
+    Raises:
+      JaxherdError: it exists and is not empty, or cannot be made where it is wanted.
+    """
+    target = pathlib.Path(folder).expanduser().absolute()
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise JaxherdError(f"{str(target)!r} exists and is not empty: name a new folder.")
+        nearest_folder = next(path for path in target.parents if path.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=nearest_folder))
+    except OSError as error:
+        raise JaxherdError(
+            f"{str(target)!r} cannot be written ({error.strerror or error}): choose another folder."
+        ) from error
     return target
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     from jaxherd.planning.flags import FLAG_SETS, options_for
 
     print(
-        "| slice | options | step at least | on links | exposed | non-matmul | HBM GiB | compile |"
+        "| slice | options | step (estimate) | on links | exposed | non-matmul | HBM GiB | compile |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.targets:

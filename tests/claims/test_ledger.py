@@ -110,17 +110,41 @@ def test_changed_protocol_makes_a_record_stale_and_runs_anew(root, change):
     assert ledger.status(changed, ledger.read_record(changed, root)) != "stale"
 
 
-def test_new_option_at_its_default_leaves_the_hash_alone():
-    old = dataclasses.make_dataclass("Config", [("steps", int)], frozen=True)
-    new = dataclasses.make_dataclass(
-        "Config", [("steps", int), ("option", bool, False)], frozen=True
-    )
-    hashes = [
-        make(settings={"arm": config}).protocol_hash()
-        for config in (old(3), new(3), new(3, True), new(4))
-    ]
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
+def config(default: int, *more) -> type:
+    fields = [("steps", int), ("rows", int, default), *more]
+    return dataclasses.make_dataclass("Config", fields, frozen=True)
+
+
+NOW = config(8)(3)
+
+
+@pytest.mark.parametrize(
+    ("later", "current"),
+    [
+        (config(8)(3), True),
+        (config(8, ("option", bool, False))(3), True),
+        (config(8, ("option", bool, False))(3, 8, True), False),
+        (config(8)(4), False),
+        # The same words in the recipe, another value in the run.
+        (config(16)(3), False),
+        (dataclasses.make_dataclass("Config", [("steps", int)])(3), False),
+        (dataclasses.make_dataclass("Other", [("steps", int), ("rows", int, 8)])(3), False),
+    ],
+)
+def test_every_value_counts(root, later, current):
+    record = run(make(settings={"arm": NOW}), root)
+    claim = make(settings={"arm": later})
+    assert (ledger.status(claim, record) != "stale") == current
+    same = vars(later) == vars(NOW) and type(later).__name__ == "Config"
+    assert (claim.protocol_hash() == record["protocol_hash"]) == same
+
+
+def test_a_record_whose_protocol_was_edited_is_stale(root):
+    claim = make(settings={"arm": NOW})
+    record = run(claim, root)
+    changed = make(settings={"arm": config(16)(3)})
+    record["settings"]["arm"]["rows"] = 16
+    assert ledger.status(changed, record) == "stale"
 
 
 def test_threshold_decides(root):

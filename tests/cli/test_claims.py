@@ -52,6 +52,32 @@ def test_table_before_and_after_a_run(root, capsys):
     assert "paper/effect" in text and "[TAG]" in text and "holds" in text
 
 
+def test_an_installed_package_is_not_written_to(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resources, "installed", lambda: True)
+    before = sorted(root.rglob("*"))
+    assert main(["claims", "paper/effect", "--run", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "records are written to runs/claims/records" in captured.err
+    assert [row["verdict"] for row in json.loads(captured.out)] == ["holds"]
+    assert (tmp_path / "runs/claims/records/paper/records/effect.json").is_file()
+    assert [p for p in sorted(root.rglob("*")) if "__pycache__" not in p.parts] == before
+    assert main(["claims", "--readme"]) == 2
+    assert "checkout" in capsys.readouterr().err
+    # From a checkout, however deep in it, the record goes where it is committed.
+    (tmp_path / "jaxherd" / "core").mkdir(parents=True)
+    (tmp_path / "jaxherd" / "core" / "resources.py").write_text("")
+    monkeypatch.chdir(root / "paper")
+    assert main(["claims", "paper/effect", "--run"]) == 0
+    assert (root / "paper" / "records" / "effect.json").is_file()
+    assert "| holds |" in (root / "paper" / "README.md").read_text()
+
+
+def test_where_a_checkout_is(tmp_path, monkeypatch):
+    assert not resources.installed() or "site-packages" in str(resources.folder("experiments"))
+    monkeypatch.chdir(tmp_path)
+    assert resources.checkout() is None
+
+
 def test_readme_is_written_from_records(root, capsys):
     assert main(["claims", "--readme"]) == 0
     assert "| not run |" in (root / "paper" / "README.md").read_text()

@@ -1,10 +1,17 @@
 """The command line as a user meets it: help that teaches, one sentence for what is wrong."""
 
+import errno
+import inspect
 import json
+import shlex
 
 import pytest
+import tyro
 
+from jaxherd.cli import run_
 from jaxherd.cli.main import VERBS, main
+from jaxherd.core import runner
+from jaxherd.training.stage import TrainStage
 
 
 def call(capsys, *arguments):
@@ -88,6 +95,35 @@ def test_inspect_counts_without_data(capsys):
     assert stage["flops_per_token"] == pytest.approx(6 * 16.1e9, rel=0.15)
 
 
+def inspected(capsys, *arguments):
+    status, out, err = call(capsys, "inspect", "llama4/scout", "--json", "--no-batch", *arguments)
+    assert status == 0, err
+    return json.loads(out)["stages"][0]
+
+
+def test_inspect_counts_slices(capsys):
+    one = inspected(capsys, "--on", "v5p:4x4x8")
+    two = inspected(capsys, "--on", "2*v5p:4x4x8")
+    assert one["layout"] == {"fsdp": 8, "expert": 16} and "problem" not in one
+    assert two["layout"] == {"slice": 2, "fsdp": 8, "expert": 16}
+    # Slices hold copies of the state.
+    assert two["state_gib_per_device"] == one["state_gib_per_device"]
+    assert "does not divide by 256" in two["problem"]
+    fitting = ("--on", "2*v5p:4x4x8", "--set", "pretrain.data.batch_size=256")
+    assert "problem" not in inspected(capsys, *fitting)
+
+
+def test_inspect_counts_the_state_as_it_is_stored(capsys):
+    whole = inspected(capsys, "--on", "cpu")
+    half = inspected(capsys, "--on", "cpu", "--set", "pretrain.step.param_dtype=bfloat16")
+    average = inspected(capsys, "--on", "cpu", "--set", "pretrain.step.average_decay=0.99")
+    parameters = whole["parameters"] / 2**30
+    assert whole["state_gib_per_device"] == pytest.approx(12 * parameters, rel=1e-3)
+    # Moments follow the parameters' dtype.
+    assert half["state_gib_per_device"] == pytest.approx(6 * parameters, rel=1e-3)
+    assert average["state_gib_per_device"] == pytest.approx(16 * parameters, rel=1e-3)
+
+
 def test_inspect_decodes_a_batch(capsys):
     status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
     assert status == 0 and "one batch, decoded" in out and "NoPE" in out and "16 experts" in out
@@ -107,9 +143,46 @@ def test_launch_dry_run_prints_copyable_commands(capsys):
     status, out, _ = call(
         capsys, "launch", "llama4/scout", "--on", "v5p-256", "--project", "my-project",
         "--zone", "us-east5-a", "--bucket", "gs://my-bucket/runs", "--dry-run",
-        "--set", "pretrain.run_config.steps=10",
+        "--source", "git+https://host/owner/repository@0123abc",
+        "--set", "pretrain.run_config.steps=10", "--set", "optimizer.clip=none",
     )  # fmt: skip
     assert status == 0
     assert "queued-resources create" in out and "--accelerator-type=v5p-256" in out
     assert "jaxherd run llama4/scout --on v5p:4x4x8" in out
-    assert "pretrain.run_config.steps=10" in out
+    # The command that the workers get is one that the verb `run` understands.
+    start = next(line for line in out.splitlines() if "jaxherd run" in line and "nohup" in line)
+    remote = next(a for a in shlex.split(start) if a.startswith("--command="))
+    loop = shlex.split(remote.removeprefix("--command="))[3]
+    words = shlex.split(loop[loop.index("jaxherd run") : loop.index("; status=")])
+    given = {}
+
+    def run(experiment, /, **arguments):
+        given.update(arguments, experiment=experiment)
+
+    run.__signature__ = inspect.signature(run_.main)
+    run.__annotations__ = run_.main.__annotations__
+    tyro.cli(run, args=words[2:])
+    assert given["experiment"] == "llama4/scout" and given["on"] == "v5p:4x4x8"
+    assert given["set"] == ("pretrain.run_config.steps=10", "optimizer.clip=none")
+    assert given["seed"] == 0
+
+
+def test_launch_asks_what_to_install(capsys):
+    """The package index's name need not be the project's."""
+    with pytest.raises(SystemExit):
+        main(["launch", "llama4/scout", "--on", "v5p-256", "--project", "my-project",
+              "--zone", "us-east5-a", "--bucket", "gs://my-bucket/runs", "--dry-run"])  # fmt: skip
+    assert "--source" in capsys.readouterr().err
+
+
+def test_a_full_disk_has_its_own_status(capsys, monkeypatch):
+    def fail(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runner, "_run_stages", fail)
+    monkeypatch.setattr(runner, "prepare_folder", lambda workdir: [])
+    monkeypatch.setattr(runner, "_claim", lambda *arguments: False)
+    monkeypatch.setattr(TrainStage, "check", lambda *arguments: None)
+    status, _, err = call(capsys, "run", "llama4/scout", "--quiet")
+    assert status == 74
+    assert "is full: make room" in err and err.count("\n") == 1

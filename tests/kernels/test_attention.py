@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import attention
 from jaxherd.kernels.attention import AttentionMask, reference
+from jaxherd.kernels.attention.mask import allowed_pairs
 
 RULES = {
     "causal": ("causal", None),
@@ -32,6 +33,15 @@ def packed(batch: int, length: int, seed: int = 0):
             positions[row, start:end] = np.arange(end - start)
             segments[row, start:end] = number + 1
     return positions.astype(np.int32), segments.astype(np.int32)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 23])
+def test_pairs_are_those_of_the_dense_mask(rule, length):
+    kind, size = RULES[rule]
+    positions = jnp.arange(length)[None]
+    mask = AttentionMask(positions, positions, kind=kind, size=size)
+    assert allowed_pairs(kind, size, length) == int(mask.dense().sum())
 
 
 def arrays(batch=2, length=23, heads=4, kv_heads=2, size=8, seed=0):

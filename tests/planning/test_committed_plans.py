@@ -67,3 +67,6 @@ def test_cheap_plan_compiles_to_what_is_committed(cheap):
         assert cheap.hbm_gib_per_chip == pytest.approx(committed.hbm_gib_per_chip, rel=0.05)
         assert cheap.collective_bytes == pytest.approx(committed.collective_bytes, rel=0.05)
     assert {row.op for row in cheap.collectives} >= {"ragged-all-to-all"}
+    # Attention is priced by its FLOPs, as every other kernel.
+    assert not any("priced by their bytes alone" in note for note in cheap.notes)
+    assert cheap.non_matmul_share == pytest.approx(committed.non_matmul_share, abs=0.02)

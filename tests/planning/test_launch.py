@@ -5,12 +5,19 @@ import subprocess
 
 import pytest
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core import resources
+from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.targets import parse_target
 from jaxherd.planning import launch
 from jaxherd.planning.launch import Command, launch_commands, perform, render_commands
 
-GOOD = dict(project="my-project", zone="us-east5-a", name="scout-1", bucket="gs://my-bucket/runs")
+GOOD = dict(
+    project="my-project",
+    zone="us-east5-a",
+    name="scout-1",
+    bucket="gs://my-bucket/runs",
+    source="git+https://github.com/owner/repository@0123abc",
+)
 
 
 def commands(target="v5p-256", experiment="llama4/scout", **changes):
@@ -28,7 +35,7 @@ def test_one_slice():
     assert wait.until == "ACTIVE" and "FAILED" in wait.fails_on
     run = next(step for step in steps if "start the run" in step.purpose)
     assert "--worker=all" in run.argv
-    assert "--on v5p:4x4x8" in run.argv[-1] and "--implicit-dirs my-bucket" in run.argv[-1]
+    assert "--on v5p:4x4x8" in run.argv[-1] and "gcsfuse --implicit-dirs" in run.argv[-1]
     assert "jaxherd-bucket/runs/scout-1" in run.argv[-1]
     assert steps[-1].argv[4] == "delete" and steps[-1].at_end
 
@@ -66,6 +73,8 @@ def test_several_slices_and_unusual_topology():
         (dict(runtime_version="v2 alpha"), "runtime version"),
         (dict(source="git+https://host/owner/repo;id"), "git source"),
         (dict(source="git+ssh://host/x"), "git source"),
+        (dict(source="git+https://github.com/owner/repository"), "git source"),
+        (dict(source="pypi"), "Unknown source"),
         (dict(source="ftp://x"), "source"),
         (dict(source="missing.whl"), "wheel"),
         (dict(source="jaxherd-0.1.0-py3-none-any.whl"), "does not exist"),
@@ -82,35 +91,105 @@ def test_bad_input_is_refused(changes, word):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "argument", ["$(touch HIT)", "`touch HIT`", "'; touch HIT; '", 'a"b', "a b"]
-)
-def test_arguments_reach_the_program_unchanged(argument, tmp_path):
-    """Run the remote text in a real shell, with a `jaxherd` that writes down what it is given."""
-    run = next(s for s in commands(run_args=(argument,)) if "start the run" in s.purpose)
+@pytest.fixture
+def worker(tmp_path):
+    """Return a function that runs a remote text in a real shell, with programs made of text."""
     binaries = tmp_path / "jaxherd-env" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
-    program = binaries / "jaxherd"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > ~/arguments\n')
-    program.chmod(0o755)
-    mount = binaries / "gcsfuse"
-    mount.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > ~/mounted\n')
-    mount.chmod(0o755)
-    text = run.argv[-1].removeprefix("--command=")
-    # In the foreground, so that the test need not wait for a file.
-    text = text.replace(" & echo started", "")
-    subprocess.run(
-        ["bash", "-c", text],
-        cwd=tmp_path,
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        check=True,
-        timeout=20,
-    )
+
+    def act(command: Command, **programs: str) -> int:
+        for name, script in programs.items():
+            (binaries / name).write_text(f"#!/bin/bash\n{script}\n")
+            (binaries / name).chmod(0o755)
+        # In the foreground, so that the test need not wait for a file.
+        text = command.argv[-1].removeprefix("--command=").replace(" & echo started", "")
+        environment = {"HOME": str(tmp_path), "PATH": f"{binaries}:/usr/bin:/bin"}
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=tmp_path, env=environment, check=False, timeout=20
+        )
+        return done.returncode
+
+    return act
+
+
+MOUNT = 'printf "%s\\n" "$@" > ~/mounted'
+
+
+def started(**changes) -> Command:
+    return next(s for s in commands(**changes) if "start the run" in s.purpose)
+
+
+@pytest.mark.parametrize(
+    "argument", ["$(touch HIT)", "`touch HIT`", "'; touch HIT; '", 'a"b', "a b"]
+)
+def test_arguments_reach_the_program_unchanged(argument, tmp_path, worker):
+    program = 'printf "%s\\n" "$@" > ~/arguments'
+    assert worker(started(run_args=(argument,)), jaxherd=program, gcsfuse=MOUNT) == 0
     assert (tmp_path / "arguments").read_text().splitlines()[-1] == argument
     assert f"{tmp_path}/jaxherd-bucket/runs/scout-1" in (tmp_path / "arguments").read_text()
-    assert (tmp_path / "mounted").read_text().splitlines()[:2] == ["--implicit-dirs", "my-bucket"]
     assert not (tmp_path / "HIT").exists()
+
+
+def test_the_bucket_is_mounted_so_that_folders_can_be_renamed(tmp_path, worker):
+    """Orbax commits by a rename, which gcsfuse refuses by default."""
+    assert worker(started(), jaxherd="exit 0", gcsfuse=MOUNT) == 0
+    *options, bucket, folder = (tmp_path / "mounted").read_text().splitlines()
+    assert (bucket, folder) == ("my-bucket", f"{tmp_path}/jaxherd-bucket")
+    limits = [o.partition("=")[2] for o in options if o.startswith("--rename-dir-limit=")]
+    assert len(limits) == 1 and int(limits[0]) >= 100_000
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ends", "pauses"),
+    [
+        ((2,), 2, []),
+        ((143,), 143, []),
+        ((1, 0), 0, [15]),
+        # A disk that could not be written: again, but later.
+        ((StorageError.exit_status, 0), 0, [300]),
+        ((StorageError.exit_status, 137, 2), 2, [300, 15]),
+    ],
+)
+def test_what_starts_a_run_again(statuses, ends, pauses, tmp_path, worker):
+    (tmp_path / "statuses").write_text("\n".join(map(str, statuses)) + "\n")
+    program = "read -r status < ~/statuses; sed -i 1d ~/statuses; exit $status"
+    status = worker(
+        started(), jaxherd=program, gcsfuse=MOUNT, sleep='echo "$@" >> ~/pauses; exit 0'
+    )
+    # `nohup bash -c ... &` in the foreground gives the loop's own status.
+    assert status == ends
+    found = tmp_path / "pauses"
+    assert ([int(p) for p in found.read_text().split()] if found.exists() else []) == pauses
+
+
+def test_gcsfuse_comes_from_googles_archive(tmp_path, worker):
+    install = next(s for s in commands() if "install jaxherd" in s.purpose)
+    # gcsfuse is looked for first; nothing else of the text may touch this machine.
+    programs = dict(
+        sudo='echo "sudo $*" >> ~/done; [ "$1" = tee ] && cat > ~/$(basename "$2"); exit 0',
+        curl='echo "curl $*" >> ~/done; echo KEY',
+        lsb_release="echo jammy",
+        python3="exit 0",
+    )
+    (tmp_path / ".local" / "bin").mkdir(parents=True)
+    uv = tmp_path / ".local" / "bin" / "uv"
+    uv.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > ~/uv\n')
+    uv.chmod(0o755)
+    assert worker(install, **programs) == 0
+    lines = (tmp_path / "gcsfuse.list").read_text().splitlines()
+    assert lines == [
+        "deb [signed-by=/usr/share/keyrings/cloud.google.asc] "
+        "https://packages.cloud.google.com/apt gcsfuse-jammy main"
+    ]
+    assert (tmp_path / "cloud.google.asc").read_text() == "KEY\n"
+    steps = (tmp_path / "done").read_text().splitlines()
+    assert steps[-2:] == ["sudo apt-get -q update", "sudo apt-get -y -q install gcsfuse"]
+    assert (tmp_path / "uv").read_text().splitlines()[-1].endswith("repository@0123abc")
+    # A worker that has it already is left alone.
+    (tmp_path / "done").unlink()
+    assert worker(install, gcsfuse="exit 0", **programs) == 0
+    assert not (tmp_path / "done").exists()
 
 
 def test_dry_run_is_copyable_shell_and_starts_nothing(monkeypatch):
@@ -194,3 +273,40 @@ def test_sources(tmp_path):
 def test_wait_loop_is_shell():
     line = Command("wait", ("echo", "ACTIVE"), until="ACTIVE", fails_on=("FAILED",)).shell
     assert subprocess.run(["bash", "-c", line], timeout=20, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "requirement"),
+    [
+        ("git+https://host/o/r@abc", "jaxherd[tpu,demo,remote] @ git+https://host/o/r@abc"),
+        ("pypi==0.1.0", "jaxherd[tpu,demo,remote]==0.1.0"),
+        ("pypi", None),
+        ("git+https://host/o/r", None),
+    ],
+)
+def test_startup_script(tmp_path, source, requirement):
+    script = resources.folder("tpu") / "startup.sh"
+    programs = tmp_path / "bin"
+    python = tmp_path / "jaxherd-env" / "bin" / "python"
+    uv = tmp_path / ".local" / "bin" / "uv"
+    for path, text in (
+        (programs / "python3", "exit 0"),
+        (python, "exit 0"),
+        (uv, 'printf "%s\\n" "$@" > ~/uv'),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script), source],
+        env={"HOME": str(tmp_path), "PATH": f"{programs}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    if requirement is None:
+        assert done.returncode == 2 and "say what to install" in done.stderr
+        assert not (tmp_path / "uv").exists()
+    else:
+        assert done.returncode == 0
+        assert (tmp_path / "uv").read_text().splitlines()[-1] == requirement

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from jaxherd.core.errors import StorageError
+
 STEPS = 30
 
 
@@ -203,7 +205,7 @@ def test_full_disk(command, run, left_alone, small_disk, left):
         while free_bytes(small_disk) > left:
             file.write(b"x" * 4096)
     status, output = run(workdir)
-    assert status == 2, output
+    assert status == StorageError.exit_status, output
     last = output.strip().splitlines()[-1]
     assert last.startswith("jaxherd: ") and "disk" in last and "is full" in last, output
     assert "make room and run the same command to go on" in last
@@ -222,17 +224,17 @@ def free_bytes(disk: pathlib.Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-@pytest.mark.slow
 def test_other_settings_in_the_same_folder(run, tmp_path):
-    status, output = run(tmp_path, "--set", "run_config.steps=6")
+    steps = ("--set", "run_config.steps=6")
+    status, output = run(tmp_path, *steps)
     assert status == 0, output
-    status, output = run(tmp_path, "--set", "run_config.steps=6", "model.embed_dim=32")
+    status, output = run(tmp_path, *steps, "--set", "model.embed_dim=32")
     assert status == 2
     assert "model.embed_dim was 16 and is now 32" in output
     assert len(output.strip().splitlines()) <= 2
     # Even without the record of the run, the checkpoint is not taken for another model's.
     (tmp_path / "run.json").unlink()
     (tmp_path / "pretrain" / "done.json").unlink()
-    status, output = run(tmp_path, "--set", "run_config.steps=6", "model.embed_dim=32")
+    status, output = run(tmp_path, *steps, "--set", "model.embed_dim=32")
     assert status == 2
     assert "is of another config" in output and "Traceback" not in output

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxherd
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.modules import flatten, split
 from jaxherd.models import presets
 from jaxherd.weights.load import load
@@ -212,7 +212,7 @@ def test_save_leaves_nothing_behind_on_failure(tmp_path, monkeypatch):
         def save(self, folder):
             raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(StorageError, match="disk full"):
         save(module, tmp_path / "a", tokenizer=Broken())
     assert list(tmp_path.iterdir()) == []
     save(module, tmp_path / "a")

@@ -90,3 +90,16 @@ class AttentionMask:
             self_attention=False,
             contiguous=False,
         )
+
+
+def allowed_pairs(kind: MaskKind, size: int | None, length: int) -> int:
+    """Return how many (query, key) pairs the rule allows in one document of `length` tokens."""
+    if kind == "bidirectional":
+        return length * length
+    if kind == "causal" or size is None or size >= length:
+        return length * (length + 1) // 2
+    if kind == "chunked":
+        whole, rest = divmod(length, size)
+        return whole * size * (size + 1) // 2 + rest * (rest + 1) // 2
+    # A window: a triangle while it fills, then `size` keys a query.
+    return size * (size + 1) // 2 + (length - size) * size

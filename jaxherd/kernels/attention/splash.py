@@ -18,7 +18,7 @@ from einops import rearrange
 
 from jaxherd.core import sharding
 from jaxherd.core.errors import JaxherdError
-from jaxherd.kernels.attention.mask import AttentionMask
+from jaxherd.kernels.attention.mask import AttentionMask, allowed_pairs
 
 _LANES = 128
 
@@ -130,5 +130,15 @@ def _attend_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, mask: AttentionMask, i
     )
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
     q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q_BTNH, k_BSKH, v_BSKH))
-    out: Any = jax.vmap(kernel)(q, k, v, segments)
+    forward = (
+        4.0
+        * allowed_pairs(mask.kind, mask.size, length)
+        * q_BTNH.shape[0]
+        * heads
+        * q_BTNH.shape[3]
+    )
+    # jax's kernels carry no cost estimate: the scope's name tells `planning/costs.py` what one
+    # pass needs, two matmuls forward and five backward.
+    with jax.named_scope(f"kernel_flops_forward_{forward:.6e}_backward_{2.5 * forward:.6e}"):
+        out: Any = jax.vmap(kernel)(q, k, v, segments)
     return rearrange(out, "B N T H -> B T N H").astype(q_BTNH.dtype)
