@@ -5,7 +5,8 @@ run over windows that overlap by what they can see (from the layers' own reach),
 part that no window edge has touched is kept.  The first and last window have the recording's own
 edges, so padding happens there and nowhere else.
 
-Three window shapes are compiled for each part: first, middle, last.
+Where a chunk is at least as long as the overlap, three window shapes are compiled for each part:
+first, middle, last.
 
 Axis letters: B batch, T time, C channels.
 """

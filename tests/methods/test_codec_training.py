@@ -270,7 +270,9 @@ def train(config, objective, steps: int) -> list[dict]:
     return history
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rvq", "adversarial"])
+@pytest.mark.parametrize(
+    "kind", ["gaussian", "adversarial", pytest.param("rvq", marks=pytest.mark.slow)]
+)
 def test_a_few_steps_learn_something(kind):
     if kind == "adversarial":
         weights = losses.LossWeights(adversarial=0.5, feature=0.5)

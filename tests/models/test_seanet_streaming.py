@@ -12,11 +12,11 @@ from jaxherd.models.codec_presets import quantised
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.seanet_streaming import decode_chunks, encode_chunks
 
-SMALL = SeanetConfig(2, 6, 4, ratios=(4, 3, 2), lstm=1)
+SMALL = SeanetConfig(2, 6, 4, ratios=(6, 4), lstm=1)
 VARIANTS = {
     "as_published": {},
-    "causal": {"causal": True, "trim_right_ratio": 0.5},
-    "reflect": {"pad_mode": "reflect", "n_residual_layers": 2},
+    "causal": {"causal": True, "trim_right_ratio": 0.5, "ratios": (3, 2)},
+    "reflect": {"pad_mode": "reflect", "n_residual_layers": 2, "ratios": (4,)},
     "no_lstm": {"lstm": 0, "true_skip": False, "activation": "elu", "ratios": (3, 2)},
 }
 
@@ -46,7 +46,8 @@ def test_no_seams(name, extra):
     samples = 31 * model.config.seanet.hop + extra
     wave = wave_of(samples)
     whole = whole_encode(model, wave)
-    for frames_per_chunk, size in ((10, 57), (64, 10_000)):
+    # Uneven pieces through windows, and (once is enough) a window longer than the recording.
+    for frames_per_chunk, size in ((10, 57), (64, 10_000))[: 1 + (name == "reflect")]:
         found = list(encode_chunks(model, pieces(wave, size), frames_per_chunk=frames_per_chunk))
         for field in ("mean_BTL", "std_BTL"):
             joined = np.concatenate([getattr(p, field) for p in found], axis=1)
