@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.weights import registry
-from jaxherd.weights.gguf_file import GgufStore
+from jaxherd.data.gguf_file import GgufStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     path = resolve_model(source)
     model = gguf_at(path)
     if model is not None:
-        return tokenizers.tokenizer_from_gguf_metadata(GgufStore(model).metadata)
+        return tokenizers.load_tokenizer(model)
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent
     if not pathlib.Path(path).exists():
