@@ -1,5 +1,6 @@
 """What the package promises as a whole: quick import, no optional packages, README that is true."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -52,7 +53,8 @@ def _commands():
     """Return the `jaxherd` commands of the README's code blocks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    whole = [block.replace("\\\n", " ") for block in blocks]
+    lines = [line.split("#")[0].strip() for block in whole for line in block.splitlines()]
     return [line for line in lines if line.startswith("jaxherd ")]
 
 
@@ -77,6 +79,42 @@ def test_readme_commands_parse(command, monkeypatch):
 
     assert tyro.cli(spy, prog=verb, args=arguments) == 0
     assert called
+
+
+def test_readme_python_runs_as_it_stands(tmp_path):
+    """In a folder of its own, on the package that is under test, installed or not."""
+    import jaxherd
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    script = tmp_path / "block.py"
+    script.write_text(block + "print(tokenizer.decode(tokens))\nprint(logits.shape)\n")
+    place = str(pathlib.Path(jaxherd.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": place},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    words, shape = run.stdout.strip().rsplit("\n", 1)
+    assert "Paris" in words
+    assert shape.startswith("(1, ") and shape.endswith(", 49152)")
+    assert [path.name for path in tmp_path.iterdir()] == ["block.py"]
+
+
+def test_pip_lines_name_extras_that_exist():
+    import tomllib
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = re.findall(r"pip install '(?:\.|jaxherd)\[([\w,]+)\]", text)
+    assert len(named) >= 5
+    assert {extra for group in named for extra in group.split(",")} <= extras.keys()
 
 
 def test_readme_names_what_exists():

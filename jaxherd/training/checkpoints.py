@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import write_json
 from jaxherd.core.modules import flatten, unflatten
 
@@ -269,14 +269,14 @@ class Checkpoints:
                 return f"{name} has {actual} bytes instead of {size}"
         return None
 
-    def _explained(self, step: int, error: Exception) -> JaxherdError:
+    def _explained(self, step: int, error: Exception) -> StorageError:
         steps = self.steps()
         kept = f"the last good checkpoint is step {steps[-1]}" if steps else "none was saved before"
         full = shutil.disk_usage(self._existing_parent()).free < (1 << 20)
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         if full or "No space left" in str(error) or "ENOSPC" in str(error):
             reason = "the disk is full"
-        return JaxherdError(
+        return StorageError(
             f"checkpoint {step} could not be written to {self._folder} ({reason}); {kept}: make "
             "room and run the same command to go on from there."
         )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.data.gguf_file import GgufStore
 from jaxherd.weights import registry
-from jaxherd.weights.gguf_file import GgufStore
 from jaxherd.weights.trained import trained_folder
 
 
@@ -123,7 +123,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     path = resolve_model(source)
     model = gguf_at(path)
     if model is not None:
-        return tokenizers.tokenizer_from_gguf_metadata(GgufStore(model).metadata)
+        return tokenizers.load_tokenizer(model)
     path = trained_folder(path) or path
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.modules import abstract, flatten, split
+from jaxherd.data.gguf_file import GgufStore
 from jaxherd.data.sources import resolve, scheme_of
 from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights import registry
 from jaxherd.weights.assemble import assemble, decoder_placements
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
 from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
-from jaxherd.weights.gguf_file import GgufStore
 from jaxherd.weights.hf_config import architecture_of, read_config
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -127,15 +128,38 @@ def test_highest_version_counts_as_a_number(tmp_path, monkeypatch):
     assert resolve("tfds://demo").name == "10.0.0"
 
 
-def test_array_record_folder(tmp_path, cache):
+def write_records(folder, texts):
     from array_record.python.array_record_module import ArrayRecordWriter
 
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for text in texts:
+        writer.write(text.encode())
+    writer.close()
+
+
+def test_array_record_fingerprint_is_of_the_content(tmp_path, cache):
     from jaxherd.data.corpus import load_corpus
 
-    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    for n in range(50):
-        writer.write(f"text {n}".encode())
-    writer.close()
+    def fingerprint(folder):
+        return load_corpus(str(folder), heldout_fraction=0.1).fingerprint()
+
+    first, copy, other = (tmp_path / name for name in ("first", "copy", "other"))
+    first.mkdir()
+    write_records(first, [f"text {n}" for n in range(50)])
+    shutil.copytree(first, copy, copy_function=shutil.copyfile)
+    os.utime(copy / "a.array_record", (0, 0))
+    assert fingerprint(copy) == fingerprint(first)
+    # As many bytes, another text.
+    other.mkdir()
+    write_records(other, [f"text {n}" for n in reversed(range(50))])
+    assert (other / "a.array_record").stat().st_size == (first / "a.array_record").stat().st_size
+    assert fingerprint(other) != fingerprint(first)
+
+
+def test_array_record_folder(tmp_path, cache):
+    from jaxherd.data.corpus import load_corpus
+
+    write_records(tmp_path, [f"text {n}" for n in range(50)])
     train = load_corpus(str(tmp_path), heldout_fraction=0.1)
     heldout = load_corpus(str(tmp_path), split="heldout", heldout_fraction=0.1)
     texts = [train[i].text for i in range(len(train))] + [heldout[i].text for i in range(5)]

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.data.gguf_file import GgufStore
 from jaxherd.layers.rope import RopeConfig, RopeScaling
-from jaxherd.weights.gguf_file import GgufStore
 from jaxherd.weights.load import generation_defaults, load
 
 Q = gguf.GGMLQuantizationType

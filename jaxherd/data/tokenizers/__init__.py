@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 
 from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.data.gguf_file import GgufStore
 from jaxherd.data.tokenizers.base import KIND_FILE, DecodeStream, Tokenizer, decode_stream
 from jaxherd.data.tokenizers.byte_level import ByteTokenizer
 from jaxherd.data.tokenizers.from_gguf import tokenizer_from_gguf_metadata
@@ -41,7 +42,8 @@ def load_tokenizer(
     """Load the tokenizer in a file or folder, recognised by what is there.
 
     Args:
-        path: a folder, or one of tokenizer.json, a SentencePiece model, a tiktoken rank file.
+        path: a folder, or one of tokenizer.json, a SentencePiece model, a tiktoken rank file, a
+            GGUF model (whose tokenizer is inside).
         split_pattern, special_tokens, bos, eos, pad: what a bare tiktoken rank file does not say.
 
     Raises JaxherdError if there is no tokenizer, or a rank file comes without its split pattern.
@@ -63,6 +65,8 @@ def load_tokenizer(
         return _load_own(path)
     if path.suffix == ".json":
         return HuggingFaceTokenizer.load(path)
+    if path.suffix.lower() == ".gguf":
+        return tokenizer_from_gguf_metadata(GgufStore(path).metadata)
     data = path.read_bytes()
     if not _is_rank_file(data):
         return SentencePieceTokenizer(data)
