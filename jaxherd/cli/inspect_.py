@@ -54,7 +54,7 @@ def main(
 
 
 def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
-    if not hasattr(stage, "model"):
+    if not hasattr(stage, "program"):
         return {"name": stage.name}
     model, spec = stage.model, stage.data.batch_spec()
     partitioner = _partitioner(stage, target)
@@ -80,7 +80,7 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
             f"{s.count} x (" + " + ".join(f"{r.length} {_kind(r.layer)}" for r in s.runs) + ")"
             for s in model.segments()
         ]
-    if read_batch:
+    if read_batch and not getattr(stage.data, "needs_artifacts", False):
         data = stage.data.build(split="train", seed=0)
         about["preview"] = stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
     return about

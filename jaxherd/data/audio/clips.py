@@ -38,6 +38,8 @@ class AudioClips:
       batch_size, eval_batch_size: B over all processes; evaluation has the same when None.
       heldout_fraction: of the tracks of each group, at least one.
       max_eval_clips: of each held-out track.
+      min_level_db: training clips quieter than this, in dB of full scale, are drawn again, at most
+        eight times.
       threads, prefetch: as for `batch_rows`.
     """
 
@@ -49,6 +51,7 @@ class AudioClips:
     eval_batch_size: int | None = None
     heldout_fraction: float = 0.15
     max_eval_clips: int = 8
+    min_level_db: float = -60.0
     threads: int = 1
     prefetch: int = 4
 
@@ -123,7 +126,7 @@ class AudioClips:
         tracks = self.tracks(split, cache_dir=cache_dir)
         place = {"process_index": process_index, "process_count": process_count}
         if split == "train":
-            rows: Any = RandomClips(tracks, self.clip_samples, seed)
+            rows: Any = RandomClips(tracks, self.clip_samples, seed, self.min_level_db)
             length = None
         else:
             rows = EvenClips(tracks, self.clip_samples, self.max_eval_clips, size)
@@ -146,7 +149,16 @@ class AudioClips:
             },
             "sample_rate": self.sample_rate,
         }
-        settings = (digests, self.sample_rate, self.channels, self.clip_samples, split, seed, size)
+        settings = (
+            digests,
+            self.sample_rate,
+            self.channels,
+            self.clip_samples,
+            self.min_level_db,
+            split,
+            seed,
+            size,
+        )
         return GrainBatches(
             dataset,
             fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
@@ -169,8 +181,11 @@ class AudioClips:
 class RandomClips:
     """Row i is a clip that the seed and i alone decide."""
 
-    def __init__(self, tracks: Sequence[Sequence[Track]], length: int, seed: int):
+    def __init__(
+        self, tracks: Sequence[Sequence[Track]], length: int, seed: int, min_level_db: float
+    ):
         self._tracks, self._length, self._seed = tracks, length, seed
+        self._least = 10 ** (min_level_db / 10)
         self._shares = [
             np.cumsum([max(1, len(t) - length) for t in group], dtype=np.float64)
             for group in tracks
@@ -182,12 +197,19 @@ class RandomClips:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         chance = np.random.default_rng((self._seed, index))
         label = int(chance.integers(len(self._tracks)))
+        wave_TC = self._draw(label, chance)
+        for _ in range(8):
+            if np.square(wave_TC).mean() >= self._least:
+                break
+            wave_TC = self._draw(label, chance)
+        return {"audio": wave_TC, "labels": np.asarray(label, np.int32)}
+
+    def _draw(self, label: int, chance: np.random.Generator) -> np.ndarray:
         shares = self._shares[label]
         at = chance.random() * shares[-1]
         number = int(np.searchsorted(shares, at, side="right"))
         start = int(at - (shares[number - 1] if number else 0.0))
-        wave_TC = self._tracks[label][number].read(start, self._length)
-        return {"audio": wave_TC, "labels": np.int32(label)}
+        return self._tracks[label][number].read(start, self._length)
 
 
 class EvenClips:
@@ -217,4 +239,4 @@ class EvenClips:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         label, track, start = self._places[index]
-        return {"audio": track.read(start, self._length), "labels": np.int32(label)}
+        return {"audio": track.read(start, self._length), "labels": np.asarray(label, np.int32)}

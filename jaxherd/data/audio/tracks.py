@@ -53,10 +53,10 @@ class AudioGroup:
 
 
 class Track:
-    """One decoded recording."""
+    """One decoded recording; `caption` is the text of a file beside it (same name, .txt), or None."""
 
-    def __init__(self, name: str, path: pathlib.Path, digest: str):
-        self.name, self.digest = name, digest
+    def __init__(self, name: str, path: pathlib.Path, digest: str, caption: str | None = None):
+        self.name, self.digest, self.caption = name, digest, caption
         self._samples = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -87,7 +87,9 @@ def open_track(
                 with partial.open("wb") as file:
                     np.save(file, np.round(np.clip(wave_TC, -1, 1) * 32767).astype(np.int16))
                 partial.replace(target)
-    return Track(f"{path.parent.name}/{path.stem}", target, digest)
+    words = path.with_suffix(".txt")
+    caption = words.read_text(encoding="utf-8").strip() if words.is_file() else None
+    return Track(f"{path.parent.name}/{path.stem}", target, digest, caption)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,185 @@
+"""A stage that encodes recordings with a trained codec, for models of its latents.
+
+Axis letters: F frames, L latent width.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.experiment import StageContext, write_json
+from jaxherd.core.modules import abstract, split
+from jaxherd.data.audio.clips import SPLITS, AudioClips
+from jaxherd.data.audio.latents import INDEX
+from jaxherd.data.audio.tracks import Track
+from jaxherd.models.seanet import AudioAutoencoder
+from jaxherd.models.seanet_streaming import encode_chunks
+from jaxherd.training.stage import load_model
+from jaxherd.weights.load import load, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeRecordings:
+    """Encode every recording of an audio data config, whole, without seams.
+
+    Each finished track is kept, so that a run that was stopped goes on with the next one.  The
+    statistics by which latents are standardised are those that codec training has tracked, or,
+    with `statistics="measured"`, those of the training tracks' posteriors.
+
+    Attributes:
+      name, codec: this stage, and the stage that trained the codec.
+      model: config of the module that the codec's stage trained, with an `autoencoder`.
+      data: whose recordings.
+      text_encoder: source of a T5 encoder with its tokenizer; its states of each recording's
+        caption (or of its group's label) are kept beside the latents.  None keeps no text.
+      frames_per_chunk: latent frames encoded at a time.
+    """
+
+    name: str
+    model: Any
+    data: AudioClips
+    codec: str = "codec"
+    statistics: str = "measured"
+    text_encoder: str | None = None
+    frames_per_chunk: int = 250
+
+    def __post_init__(self):
+        if self.statistics not in ("measured", "tracked"):
+            raise JaxherdError(f"statistics={self.statistics!r} must be 'measured' or 'tracked'.")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The codec's stage."""
+        return (self.codec,)
+
+    def run(self, context: StageContext) -> Mapping[str, Any]:
+        """Encode what is not encoded yet and write the index; returns the statistics."""
+        autoencoder = load_autoencoder(self.model, context.artifacts[self.codec])
+        describe = None if self.text_encoder is None else TextEncoder(self.text_encoder)
+        entries, sums = [], np.zeros((3, autoencoder.config.seanet.dimension))
+        for name, group, label, track in self._recordings():
+            file = context.folder / f"{hashlib.sha256(track.digest.encode()).hexdigest()[:20]}.npz"
+            if not file.is_file():
+                text = {} if describe is None else {"text": describe(track.caption or group)}
+                self._encode(autoencoder, track, file, text)
+                context.say(f"{self.name}: encoded {track.name} ({group}).")
+            with np.load(file, allow_pickle=False) as data:
+                mean_FL, std_FL = data["mean"].astype(np.float64), data["std"].astype(np.float64)
+            if name == "train":
+                sums += [
+                    np.full(mean_FL.shape[1], len(mean_FL)),
+                    mean_FL.sum(axis=0),
+                    (mean_FL**2 + std_FL**2).sum(axis=0),
+                ]
+            entries.append({"file": file.name, "split": name, "label": label, "name": track.name,
+                            "frames": len(mean_FL)})  # fmt: skip
+        count, first, second = sums
+        mean_L, std_L = first / count, np.sqrt(np.maximum(second / count - (first / count) ** 2, 0))
+        if self.statistics == "tracked":
+            mean_L = np.asarray(autoencoder.latent_mean[...])
+            std_L = np.asarray(autoencoder.latent_std[...])
+        write_json(
+            context.folder / INDEX,
+            {
+                "frame_rate": autoencoder.config.frame_rate,
+                "sample_rate": autoencoder.config.sample_rate,
+                "latent_dim": len(mean_L),
+                "labels": list(self.data.labels),
+                "mean": mean_L.tolist(),
+                "std": std_L.tolist(),
+                "tracks": entries,
+            },
+        )
+        frames = sum(entry["frames"] for entry in entries)
+        return {
+            "tracks": len(entries),
+            "minutes": round(frames / autoencoder.config.frame_rate / 60, 1),
+            "latent_std": float(np.mean(std_L)),
+        }
+
+    def report(self, folder: Path) -> str:
+        """Return a Markdown section about this stage."""
+        path = folder / INDEX
+        if not path.is_file():
+            return f"## {self.name}\n"
+        index = json.loads(path.read_text(encoding="utf-8"))
+        seconds = sum(t["frames"] for t in index["tracks"]) / index["frame_rate"]
+        return (
+            f"## {self.name}\n\n- recordings: {len(index['tracks'])}, {seconds / 60:.1f} minutes\n"
+            f"- latents: {index['latent_dim']} wide, {index['frame_rate']:g} a second\n"
+        )
+
+    def _recordings(self) -> Iterator[tuple[str, str, int, Track]]:
+        for name in SPLITS:
+            for label, tracks in enumerate(self.data.tracks(name)):
+                for track in tracks:
+                    yield name, self.data.labels[label], label, track
+
+    def _encode(
+        self, autoencoder: AudioAutoencoder, track: Track, file: Path, more: dict[str, np.ndarray]
+    ) -> None:
+        length = self.frames_per_chunk * autoencoder.config.seanet.hop
+        chunks = (
+            track.read(start, min(length, len(track) - start))[None]
+            for start in range(0, len(track), length)
+        )
+        found = list(encode_chunks(autoencoder, chunks, frames_per_chunk=self.frames_per_chunk))
+        mean_FL = np.concatenate([np.asarray(p.mean_BTL)[0] for p in found])
+        std_FL = np.concatenate([np.asarray(p.std_BTL)[0] for p in found])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        with partial.open("wb") as out:
+            np.savez(out, mean=mean_FL.astype(np.float32), std=std_FL.astype(np.float32), **more)
+        partial.replace(file)
+
+
+class TextEncoder:
+    """A frozen T5 encoder with its tokenizer: text to states [tokens, D] in float32."""
+
+    def __init__(self, source: str):
+        self._model, self._tokenizer = load(source), load_tokenizer(source)
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(self, text: str) -> np.ndarray:
+        """Return the last hidden states of a text, its end token included."""
+        if text not in self._known:
+            tokens = self._tokenizer.encode(text)
+            end = self._tokenizer.eos_id
+            if end is not None and (not tokens or tokens[-1] != end):
+                tokens.append(end)
+            # Few lengths are compiled: padding is masked.
+            length = -(-len(tokens) // 32) * 32
+            padded = np.zeros((1, length), np.int32)
+            padded[0, : len(tokens)] = tokens
+            mask = (np.arange(length) < len(tokens))[None]
+            states = _states(self._model, jnp.asarray(padded), jnp.asarray(mask))
+            self._known[text] = np.asarray(states[0, : len(tokens)], np.float32)
+        return self._known[text]
+
+
+@jax.jit
+def _states(model: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    return model(tokens_BL, mask_BL)
+
+
+def load_autoencoder(model: Any, folder: Path) -> AudioAutoencoder:
+    """Return the autoencoder of a codec's training stage, on the first device.
+
+    Args:
+      model: config of what the stage trained.
+      folder: of the stage.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    definition, *parts = split(abstract(model.build, jax.random.key(0)))
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), parts
+    )
+    return definition.merge(*load_model(folder, *wanted)).autoencoder
