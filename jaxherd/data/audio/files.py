@@ -32,7 +32,7 @@ def read_audio(
     *,
     sample_rate: int | None = None,
     channels: int | None = None,
-    max_seconds: float = MAX_SECONDS,
+    max_seconds: int | float = MAX_SECONDS,
 ) -> tuple[Float[np.ndarray, "T C"], int]:
     """Return (wave in [-1, 1], sample rate in Hz) of a whole file.
 

@@ -1,0 +1,114 @@
+"""Clips of recordings: splits, determinism, exact resume, processes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxherd.core import batch as batch_lib
+from jaxherd.core.errors import JaxherdError
+from jaxherd.data.audio.clips import AudioClips
+from jaxherd.data.audio.files import write_audio
+from jaxherd.data.audio.tracks import AudioGroup
+
+RATE = 4000  # of the recordings in conftest.py
+
+
+@pytest.fixture(scope="module")
+def config(groups):
+    return AudioClips(groups, RATE, 2, clip_samples=500, batch_size=4, heldout_fraction=0.25)
+
+
+def build(config, cache, split="train", **place):
+    return config.build(split=split, seed=3, cache_dir=cache, **place)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_batches_fit_their_description(config, cache):
+    data = build(config, cache)
+    batch = next(data)
+    batch_lib.check(batch, config.batch_spec())
+    assert set(batch["labels"]) <= {0, 1}
+    assert "full scale" in config.preview(batch)
+    about = data.describe()["groups"]
+    assert {name: len(group["tracks"]) for name, group in about.items()} == {"tone": 3, "hiss": 3}
+
+
+def test_held_out_tracks_are_never_trained_on(config, cache):
+    names = {
+        split: {t.name for group in config.tracks(split, cache_dir=cache) for t in group}
+        for split in ("train", "heldout")
+    }
+    assert len(names["train"]) == 6 and len(names["heldout"]) == 2
+    assert not names["train"] & names["heldout"]
+
+
+def test_a_clip_is_what_its_track_holds(config, cache):
+    """Tones are told by their pitch: one of those of the training tracks."""
+    pitches = {200 + 100 * int(t.name[-1]) for t in config.tracks("train", cache_dir=cache)[0]}
+    data, seen = build(config, cache), set()
+    for _ in range(12):
+        batch = next(data)
+        for wave, label in zip(batch["audio"], batch["labels"]):
+            if label == 0:
+                spectrum = np.abs(np.fft.rfft(wave[:, 0] * np.hanning(500), 4000))
+                seen.add(int(round(float(spectrum.argmax()) / 100) * 100))
+    assert seen == pitches
+
+
+def test_position_is_exact_and_the_same_for_any_number_of_processes(config, cache):
+    whole = build(config, cache)
+    batches = [next(whole) for _ in range(3)]
+    halves = [build(config, cache, process_index=i, process_count=2) for i in range(2)]
+    for batch in batches:
+        parts = [next(half) for half in halves]
+        joined = np.concatenate([part["audio"] for part in parts])
+        np.testing.assert_array_equal(joined, batch["audio"])
+    position = whole.get_state()
+    after = next(whole)
+    again = build(config, cache)
+    again.set_state(position)
+    np.testing.assert_array_equal(next(again)["audio"], after["audio"])
+
+
+def test_a_pass_over_held_out_clips_is_finite_and_fixed(config, cache):
+    first, second = (list(build(config, cache, "heldout")) for _ in range(2))
+    assert len(first) == len(build(config, cache, "heldout")) >= 1
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a["audio"], b["audio"])
+    assert {int(x) for batch in first for x in batch["labels"]} == {0, 1}
+
+
+def test_silence_is_drawn_again(tmp_path):
+    chance = np.random.default_rng(0)
+    for number in range(2):
+        wave = np.zeros((RATE * 4, 1), np.float32)
+        wave[RATE * 3 :] = 0.2 * chance.standard_normal((RATE, 1))
+        write_audio(tmp_path / f"{number}.wav", wave, RATE)
+    data = AudioClips((AudioGroup("x", (str(tmp_path),)),), RATE, 1, 200, batch_size=32,
+                      heldout_fraction=0.5)  # fmt: skip
+    loud = next(data.build(split="train", seed=0, cache_dir=tmp_path / "c"))["audio"]
+    open_ = dataclasses.replace(data, min_level_db=-1000.0)
+    any_ = next(open_.build(split="train", seed=0, cache_dir=tmp_path / "c"))["audio"]
+    heard = [(np.square(x).mean(axis=(1, 2)) > 1e-6).mean() for x in (loud, any_)]
+    assert heard[0] > 0.8 and heard[1] < 0.6
+
+
+def test_what_cannot_be_is_told(config, groups, tmp_path):
+    with pytest.raises(JaxherdError, match="at least one group"):
+        AudioClips(())
+    with pytest.raises(JaxherdError, match="no audio file matches"):
+        AudioClips((AudioGroup("none", (str(tmp_path),)),)).build(split="train", seed=0)
+    with pytest.raises(JaxherdError, match="no split 'test'"):
+        config.build(split="test", seed=0)
+    few = dataclasses.replace(config, eval_batch_size=64)
+    with pytest.raises(JaxherdError, match="less than a batch of 64"):
+        few.build(split="heldout", seed=0, cache_dir=tmp_path)
+    one = write_audio(tmp_path / "one.wav", np.full((100, 1), 0.5, np.float32), RATE)
+    alone = AudioClips((AudioGroup("one", (str(one),)),), RATE, 1, 50)
+    with pytest.raises(JaxherdError, match="leave none to train on"):
+        alone.build(split="train", seed=0, cache_dir=tmp_path / "c")
