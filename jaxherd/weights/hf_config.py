@@ -49,7 +49,9 @@ def architecture_of(config: Mapping[str, Any]) -> str:
         shown = next((str(name) for name in named if name), "")
         raise JaxherdError(
             f"config.json: the architecture {shown!r} is not known; "
-            + nearest(shown, [n for n in ARCHITECTURES if n.endswith(("LM", "Generation", "Model"))])
+            + nearest(
+                shown, [n for n in ARCHITECTURES if n.endswith(("LM", "Generation", "Model"))]
+            )
         )
     if config.get("quantization_config"):
         raise JaxherdError(

@@ -130,9 +130,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 _T5 = "encoder.block.{i}.layer."
 TABLES["t5"] = (
     Rule("embedding/table", "shared.weight"),
-    Rule(
-        "relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    ),
+    Rule("relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
     Rule("final_norm/scale", "encoder.final_layer_norm.weight"),
     Rule("attention_norm/scale", _T5 + "0.layer_norm.weight"),
     Rule("feed_forward_norm/scale", _T5 + "1.layer_norm.weight"),

@@ -96,9 +96,13 @@ def _checked(archive: zipfile.ZipFile, where: str, size: int):
         name = info.filename
         parts = name.split("/")
         if name.startswith("/") or "\\" in name or ":" in name or ".." in parts or name in entries:
-            raise JaxherdError(f"{where!r} has an entry {name!r} that leaves its folder or repeats.")
+            raise JaxherdError(
+                f"{where!r} has an entry {name!r} that leaves its folder or repeats."
+            )
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise JaxherdError(f"{where!r}: the entry {name!r} is compressed, which torch never does.")
+            raise JaxherdError(
+                f"{where!r}: the entry {name!r} is compressed, which torch never does."
+            )
         entries[name] = info
     # Stored entries that do not share bytes are no larger together than the file.
     if sum(info.file_size for info in infos) > size:

@@ -110,7 +110,9 @@ class Layer(nn.Module):
         own = rotation is not None or case.get("qk_norm", False)
         make_scale = Scale if case.get("layer_scale") else nn.Identity
         self.self_attn = (
-            OwnAttention(case, case.get("qk_norm", False), rotation) if own else TorchAttention(case)
+            OwnAttention(case, case.get("qk_norm", False), rotation)
+            if own
+            else TorchAttention(case)
         )
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.layer_scale_1, self.layer_scale_2 = make_scale(), make_scale()

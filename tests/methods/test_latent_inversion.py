@@ -172,7 +172,9 @@ def test_the_divergences_gradient_is_that_of_finite_differences():
         for place in [(0, 0, 0), (0, 2, 3), (0, 3, 1)]:
             step = np.zeros_like(a)
             step[place] = 1e-2
-            high, low = (float(patch_kl(jnp.asarray(a + s), jnp.asarray(b))[0]) for s in (step, -step))
+            high, low = (
+                float(patch_kl(jnp.asarray(a + s), jnp.asarray(b))[0]) for s in (step, -step)
+            )
             # Values are computed in float32: a step of 1e-2 leaves an error of about 1e-4.
             assert gradient[place] == pytest.approx((high - low) / 2e-2, abs=2e-3)
 
@@ -211,7 +213,7 @@ def test_equal_evaluations():
 
 
 def test_an_edit_with_a_model():
-    config = VelocityTransformerConfig(16, 2, 2, latent_dim=4, conditioner=LabelEmbedding(3))
+    config = VelocityTransformerConfig(16, 1, 2, latent_dim=4, conditioner=LabelEmbedding(3))
     model, x = config.build(KEY), jax.random.normal(jax.random.key(1), (2, 8, 4))
     target = model.condition({"labels": jnp.asarray([1, 2])})
     plan = inversion("regularized", steps=3)

@@ -138,7 +138,9 @@ def tensor(offset=0, shape=(2, 3), strides=(3, 1), key="0", count=24):
 
 def test_tensors_stay_inside_their_storage(tmp_path):
     whole = read_torch_zip(rewrite(tmp_path / "good.bin", description=tensor()))
-    np.testing.assert_array_equal(whole, read_torch_zip(FILE)["best_state"]["weight"].ravel()[:6].reshape(2, 3))
+    np.testing.assert_array_equal(
+        whole, read_torch_zip(FILE)["best_state"]["weight"].ravel()[:6].reshape(2, 3)
+    )
     for number, arguments in enumerate(
         [
             dict(offset=-1),
