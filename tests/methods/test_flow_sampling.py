@@ -98,7 +98,7 @@ def test_midpoint_beats_euler_at_equal_evaluations():
 
 
 def test_guidance_is_the_published_form():
-    model = TINY.build(jax.random.key(0))
+    model = jax.jit(TINY.build)(jax.random.key(0))
     condition = model.condition({"labels": jnp.asarray([0, 2])})
     z, t = jax.random.normal(jax.random.key(1), (2, 5, 4)), jnp.asarray([0.3, 0.6])
     with_c, without = jax.jit(lambda m: (m(z, t, condition), m(z, t)))(model)
@@ -117,7 +117,7 @@ def test_guidance_is_the_published_form():
 
 
 def test_guidance_is_off_towards_noise():
-    model = TINY.build(jax.random.key(0))
+    model = jax.jit(TINY.build)(jax.random.key(0))
     condition = model.condition({"labels": jnp.asarray([0, 2])})
     z = jax.random.normal(jax.random.key(1), (2, 5, 4))
     back = [SamplingPlan(2, "euler", cfg_coef=w, source=1.0, target=0.0) for w in (0.0, 4.0)]
@@ -128,7 +128,7 @@ def test_guidance_is_off_towards_noise():
 
 
 def test_generation_is_a_function_of_its_key():
-    model, plan = TINY.build(jax.random.key(0)), SamplingPlan(4)
+    model, plan = jax.jit(TINY.build)(jax.random.key(0)), SamplingPlan(4)
     a, b, c = (
         generate(model, None, key=jax.random.key(k), batch=2, frames=5, plan=plan)
         for k in (0, 0, 1)
@@ -145,7 +145,7 @@ def test_errors():
         (lambda: SamplingPlan(4, sway=-2.0), "backwards"),
         (
             lambda: generate(
-                TINY.build(jax.random.key(0)), None, key=jax.random.key(0), batch=1, frames=4,
+                jax.jit(TINY.build)(jax.random.key(0)), None, key=jax.random.key(0), batch=1, frames=4,
                 plan=SamplingPlan(4, source=0.5),
             ),
             "starts at 0.5",

@@ -214,7 +214,7 @@ def test_equal_evaluations():
 
 def test_an_edit_with_a_model():
     config = VelocityTransformerConfig(16, 1, 2, latent_dim=4, conditioner=LabelEmbedding(3))
-    model, x = config.build(KEY), jax.random.normal(jax.random.key(1), (2, 8, 4))
+    model, x = jax.jit(config.build)(KEY), jax.random.normal(jax.random.key(1), (2, 8, 4))
     target = model.condition({"labels": jnp.asarray([1, 2])})
     plan = inversion("regularized", steps=3)
     done = edit(model, x, None, target, plan, KEY, cfg_coef=1.0)

@@ -34,6 +34,10 @@ PLAIN = dataclasses.replace(TINY, conditioner=None, skip_connections="none", add
 KEY = jax.random.key(0)
 
 
+def build(config):
+    return jax.jit(config.build)(KEY)
+
+
 def inputs(rows=2, frames=7):
     z = jax.random.normal(KEY, (rows, frames, 6))
     text = jax.random.normal(jax.random.key(1), (rows, 4, 10))
@@ -86,7 +90,7 @@ def products(jaxpr, times=1) -> float:
 @pytest.mark.parametrize("config", [TINY, ODD, PLAIN], ids=["tiny", "odd", "plain"])
 def test_flops_are_those_of_the_program(config):
     z, t, batch = inputs(3)
-    module = config.build(KEY)
+    module = build(config)
     jaxpr = jax.make_jaxpr(lambda m: m(z, t, m.condition(batch)))(module)
     tokens = 4 if isinstance(config.conditioner, TextStates) else 1
     assert products(jaxpr.jaxpr) == config.forward_flops(3, 7, tokens)
@@ -97,7 +101,7 @@ def test_flops_are_those_of_the_program(config):
 def test_a_null_condition_is_no_nan_and_no_condition(norm_first, zero):
     z, t, batch = inputs()
     config = dataclasses.replace(TINY, add_zero_attn=zero, norm_first=norm_first, num_layers=1)
-    model = config.build(KEY)
+    model = build(config)
 
     @jax.jit
     def velocity(model, mask):
@@ -116,21 +120,21 @@ def test_a_null_condition_is_no_nan_and_no_condition(norm_first, zero):
 
 
 def test_conditions():
-    model = ODD.build(KEY)
+    model = build(ODD)
     condition = model.condition({"labels": np.asarray([2, -1], np.int32)})
     assert condition.mask_BL.tolist() == [[True], [False]]
     assert condition.where(jnp.asarray([False, True])).mask_BL.tolist() == [[False], [False]]
     assert condition.tile(2).states_BLD.shape == (4, 1, 16)
     with pytest.raises(JaxherdError, match="no field 'labels'"):
         model.condition({})
-    assert PLAIN.build(KEY).condition({}) is None
+    assert build(PLAIN).condition({}) is None
 
 
 def test_rescaling_keeps_the_spread(monkeypatch):
     """Input to the first projection has unit variance at every time; so has the target / sqrt 2."""
     seen, call = [], Linear.__call__
     monkeypatch.setattr(Linear, "__call__", lambda self, x: (seen.append(x), call(self, x))[1])
-    model = dataclasses.replace(PLAIN, num_layers=1).build(KEY)
+    model = build(dataclasses.replace(PLAIN, num_layers=1))
     x1, x0 = jax.random.normal(KEY, (2, 1, 4000, 6))
     for t in (0.0, 0.3, 1.0):
         seen.clear()
@@ -143,7 +147,7 @@ def test_rescaling_keeps_the_spread(monkeypatch):
 
 def test_bfloat16_is_close_and_time_stays_float32():
     z, t, batch = inputs()
-    model = TINY.build(KEY)
+    model = build(TINY)
     low = cast_floating(model, jnp.bfloat16)
     run = jax.jit(lambda m: m(z, t, m.condition(batch)))
     v, v_low = run(model), run(low)
@@ -155,7 +159,7 @@ def test_bfloat16_is_close_and_time_stays_float32():
 
 def test_remat_changes_nothing():
     z, t, batch = inputs()
-    model = dataclasses.replace(TINY, num_layers=1).build(KEY)
+    model = build(dataclasses.replace(TINY, num_layers=1))
 
     def gradient(remat):
         def loss(m):
@@ -168,13 +172,13 @@ def test_remat_changes_nothing():
 
 def test_saved_and_loaded(tmp_path):
     for name, config in (("text", TINY), ("labels", ODD)):
-        model = config.build(KEY)
+        model = build(config)
         save(model, tmp_path / name)
         again = load(tmp_path / name)
         assert again.config == config
         chex.assert_trees_all_equal(jax.tree.leaves(again), jax.tree.leaves(model))
     with pytest.raises(JaxherdError, match="format='jaxherd'"):
-        save(TINY.build(KEY), tmp_path / "hf", format="hf")
+        save(build(TINY), tmp_path / "hf", format="hf")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_the_1b_model_divides_over_eight_devices(layout, devices):
 def test_a_sharded_step_gives_the_same(devices):
     z, t, batch = inputs(8)
     config = dataclasses.replace(TINY, num_layers=3)
-    model = config.build(KEY)
+    model = build(config)
     wanted = jax.jit(lambda m: m(z, t, m.condition(batch)))(model)
     partitioner = Partitioner.create(Layout("mixed", fsdp=4, tensor=2), devices)
     definition, params, _ = split(model)
