@@ -146,4 +146,4 @@ def gaussian_floor(
     spread = t**2 * w_K + (1 - t) ** 2
     # At t = 1 the noise is unseen in every direction, also in one where the data have no variance.
     left = np.where(spread > 0, w_K / np.where(spread > 0, spread, 1.0), 1.0)
-    return left.mean(axis=-1)
+    return np.asarray(left.mean(axis=-1))

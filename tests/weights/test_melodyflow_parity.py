@@ -43,25 +43,24 @@ def settings_of(case) -> dict:
     return {"num_heads": 2, **given}
 
 
-def check(golden, case, **changes):
-    module = read_flow_state(state_of(golden), **{**settings_of(case), **changes}).module
+def velocity(module, golden, z):
+    condition = module.condition({k: golden[k] for k in ("text_states", "text_mask")})
+    return module(z, jnp.asarray(golden["t"]), condition)
 
-    def velocity(module, z):
-        condition = module.condition({k: golden[k] for k in ("text_states", "text_mask")})
-        return module(z, jnp.asarray(golden["t"]), condition)
 
-    def loss(z):
-        return jnp.square(velocity(module, z)).mean()
+def check(golden, case):
+    module = read_flow_state(state_of(golden), **settings_of(case)).module
 
-    z = jnp.asarray(golden["z"])
-    v, gradient = jax.jit(velocity)(module, z), jax.jit(jax.grad(loss))(z)
-    scale = np.abs(golden["v"]).max()
+    def loss(z, module):
+        v = velocity(module, golden, z)
+        return jnp.square(v).mean(), v
+
+    gradient, v = jax.jit(jax.grad(loss, has_aux=True))(jnp.asarray(golden["z"]), module)
     # Up to eight layers with weights of 0.3: 1e-5 of the largest value for one layer, 1e-4 beyond.
-    bound = scale * (1e-5 if case["layers"] == 1 else 1e-4)
+    bound = np.abs(golden["v"]).max() * (1e-5 if case["layers"] == 1 else 1e-4)
     np.testing.assert_allclose(v, golden["v"], atol=bound, rtol=0)
-    np.testing.assert_allclose(
-        gradient, golden["grad_z"], atol=1e-4 * np.abs(golden["grad_z"]).max(), rtol=0
-    )
+    bound = 1e-4 * np.abs(golden["grad_z"]).max()
+    np.testing.assert_allclose(gradient, golden["grad_z"], atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,7 +72,6 @@ def test_velocities_and_gradients(name):
     "name, changes",
     [
         ("eight_layers_rope", {"positional": "sin_rope"}),
-        ("eight_layers_rope", {"num_heads": 4}),
         ("five_layers_sin_biases", {"add_zero_attn": False}),
         ("post_norm", {"norm_first": True}),
         ("sin_rope_scales_norms", {"positional_scale": 0.72}),
@@ -81,8 +79,9 @@ def test_velocities_and_gradients(name):
 )
 def test_goldens_are_sensitive_to_what_they_should_catch(name, changes):
     golden = dict(np.load(GOLDEN / "melodyflow" / f"{name}.npz"))
-    with pytest.raises((AssertionError, JaxherdError)):
-        check(golden, CASES[name], **changes)
+    module = read_flow_state(state_of(golden), **{**settings_of(CASES[name]), **changes}).module
+    v = jax.jit(lambda m: velocity(m, golden, jnp.asarray(golden["z"])))(module)
+    assert np.abs(v - golden["v"]).max() > 1e-2
 
 
 def test_the_modulo_order_matters():
@@ -92,8 +91,8 @@ def test_the_modulo_order_matters():
     shifted = {**state, **{a: state[b] for a, b in zip(names, [names[2], names[0], names[1]])}}
     modules = [read_flow_state(s, num_heads=2).module for s in (state, shifted)]
     assert modules[0].config.skip_order() == (2, 0, 1)
-    v = [np.asarray(m(jnp.asarray(golden["z"]), jnp.asarray(golden["t"]))) for m in modules]
-    assert np.abs(v[0] - v[1]).max() > 1e-2
+    run = jax.jit(lambda m: velocity(m, golden, jnp.asarray(golden["z"])))
+    assert np.abs(run(modules[0]) - run(modules[1])).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", CASES)
