@@ -102,6 +102,20 @@ def waveform_l1(
     return jnp.mean(jnp.abs(output_BTC - target_BTC))
 
 
+def waveform_relative(
+    output_BTC: Float[Array, "B T C"], target_BTC: Float[Array, "B T C"]
+) -> Float[Array, ""]:
+    """Return the mean over rows of mean (output - target)^2 / (mean target^2 + 1e-4).
+
+    The floor, 40 dB below full scale, keeps quiet rows from outweighing all others.
+
+    Squares ask for the loud parts first, where L1 of a weak guess is least at silence: the form that
+    a short training learns from.
+    """
+    error_B = jnp.square(output_BTC - target_BTC).mean(axis=(1, 2))
+    return jnp.mean(error_B / (jnp.square(target_BTC).mean(axis=(1, 2)) + 1e-4))
+
+
 def hinge_discriminator(real: Verdict, fake: Verdict) -> Float[Array, ""]:
     """Return the mean over scales of mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))."""
     return _mean(

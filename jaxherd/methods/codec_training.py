@@ -12,7 +12,7 @@ Axis letters: B batch, T samples, C audio channels, L latent width.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxherd.training.metrics import Metrics, pair
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.phases import Phase
 
+WAVEFORM_LOSSES = {"l1": losses.waveform_l1, "relative": losses.waveform_relative}
 BALANCED = ("adversarial", "feature", "waveform", "mel")
 
 
@@ -136,6 +137,7 @@ class ReconstructionCodec:
       sample: draw latents from the posterior (training) or take its mean (evaluation).
       relative_features: see `codec_losses.feature_matching`.
       latent_decay: of the tracked mean and deviation of the latents; not published.
+      waveform_loss: "l1" as audiocraft, or "relative" (`codec_losses.waveform_relative`).
     """
 
     weights: losses.LossWeights = losses.LossWeights()
@@ -144,6 +146,7 @@ class ReconstructionCodec:
     sample: bool = True
     relative_features: bool = False
     latent_decay: float = 0.99
+    waveform_loss: Literal["l1", "relative"] = "l1"
 
     def __call__(
         self, model: CodecTraining, batch: Mapping[str, Any], key: jax.Array, *, frozen: Any = None
@@ -186,7 +189,7 @@ class ReconstructionCodec:
         audio_BTC = audio_BTC.astype(jnp.float32)
         output = reconstruct(model.autoencoder, audio_BTC, key if self.sample else None)
         parts: list[tuple[tuple[str, ...], Callable]] = [
-            (("waveform",), lambda y: (losses.waveform_l1(y, audio_BTC),)),
+            (("waveform",), lambda y: (WAVEFORM_LOSSES[self.waveform_loss](y, audio_BTC),)),
             (
                 ("mel",),
                 lambda y: (losses.multi_scale_mel(y, audio_BTC, self.mel, config.sample_rate),),

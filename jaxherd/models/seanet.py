@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxherd.core.modules import Module, ModuleList, buffer
+from jaxherd.core.modules import Module, ModuleList, buffer, parameter
 from jaxherd.core.sharding import shard
 from jaxherd.layers.conv import ConvConfig, Norm, PadMode, TransposedConvConfig
 from jaxherd.layers.lstm import Lstm, LstmConfig, LstmState
@@ -288,6 +288,8 @@ class AudioAutoencoderConfig:
       bottleneck: "gaussian" (the encoder gives a mean and a scale) or "rvq".
       quantiser: of the "rvq" bottleneck; its `dim` must be the seanet's `dimension`.
       min_std: added to softplus(scale).
+      initial_std: where the posterior's std begins; None leaves the last convolution as it is drawn,
+        whose std near 0.7 drowns the small means of a new encoder for a long time.
     """
 
     seanet: SeanetConfig = SeanetConfig()
@@ -295,6 +297,7 @@ class AudioAutoencoderConfig:
     bottleneck: Literal["gaussian", "rvq"] = "gaussian"
     quantiser: QuantiserConfig | None = None
     min_std: float = 1e-4
+    initial_std: float | None = None
 
     def __post_init__(self):
         if (self.bottleneck == "rvq") != (self.quantiser is not None):
@@ -389,6 +392,12 @@ class AudioAutoencoder(Module):
         width = config.seanet.dimension
         self.config = config
         self.encoder = Seanet(config.encoder_layers(), key=e)
+        if config.initial_std is not None and config.bottleneck == "gaussian":
+            last = self.encoder.layers[len(config.encoder_layers()) - 1]
+            scale = jnp.full(width, jnp.log(jnp.expm1(config.initial_std)))
+            last.bias = parameter(
+                jnp.concatenate([last.bias[...][:width], scale]), last.bias.get_metadata("axes")
+            )
         self.decoder = Seanet(config.decoder_layers(), key=d)
         quantiser = config.quantiser
         self.quantiser: ResidualQuantiser | None = None if quantiser is None else quantiser.build(q)

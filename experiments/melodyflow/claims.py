@@ -1,0 +1,452 @@
+"""Claims about MelodyFlow, each with a protocol small enough for two CPU cores.
+
+All of them share one small codec and its latents (the recipe's cpu scale), and the claims about
+flows share their trained networks: an arm trains what is not there yet.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxherd.claims.claim import Claim, Decision, Results
+from jaxherd.core.experiment import Experiment
+from jaxherd.core.modules import abstract, split
+from jaxherd.core.runner import run_experiment
+from jaxherd.data.audio.latents import LatentFolder
+from jaxherd.methods.clip_classifier import train_classifier
+from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
+from jaxherd.methods.codec_training import CodecTrainingConfig, ReconstructionCodec
+from jaxherd.methods.flow_measures import path_curvature, relative_error, sampling_error
+from jaxherd.methods.flow_sampling import SamplingPlan, transport
+from jaxherd.methods.latent_inversion import edit, equal_evaluations, inversion, invert
+from jaxherd.methods.music_metrics import chroma_correlation, onset_correlation
+from jaxherd.models import codec_presets
+from jaxherd.training.plots import seed_curves
+from jaxherd.training.stage import RunConfig, TrainStage, load_model
+
+from . import text_to_music as recipe
+
+Say = Callable[[str], None]
+SHARED = "melodyflow-shared"
+GROUP = 64
+TIMES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4)
+EDIT_METHODS = ("regularized", "ddim", "sdedit")
+
+
+def _devices() -> tuple[Any, ...]:
+    return tuple(jax.devices("cpu")[:1])
+
+
+def _run(name: str, stages: tuple, folder: Path, seed: int, say: Say) -> None:
+    experiment = Experiment(f"melodyflow/{name}", "cpu", "cpu", stages)
+    run_experiment(
+        experiment, folder, target="cpu", devices=_devices(), seed=seed, say=say, quiet=False
+    )
+
+
+def latents_stages() -> tuple[TrainStage, EncodeRecordings]:
+    """Return the codec that all claims about flows share, and the encoding of the recordings."""
+    codec = recipe.cpu_codec()
+    return codec, EncodeRecordings("latents", codec.model, codec.data)
+
+
+def flow_stage(coupling_group: int = GROUP) -> TrainStage:
+    """Return the small velocity network of the claims: the recipe's, shorter."""
+    stage = recipe.cpu_flow(coupling_group)
+    return dataclasses.replace(
+        stage,
+        evaluations=(),
+        run_config=RunConfig(steps=700, checkpoint_every=175, loggers=("jsonl",), unit="frames"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained flow with the data that it was made from."""
+
+    model: Any
+    latents: LatentFolder
+    codec_folder: Path
+
+
+def trained_flow(root: Path, seed: int, coupling_group: int, say: Say) -> Trained:
+    """Return the network of a seed, training it and all before it if need be.
+
+    Codec and latents are those of seed 0 for all; the flow's parameters, clips, noise and times
+    follow from `seed`.
+    """
+    base = root / SHARED
+    _run("codec-and-latents", latents_stages(), base / "codec", 0, say)
+    stage = flow_stage(coupling_group)
+    folder = base / f"flow-{coupling_group}-{seed}"
+    link = folder / "latents"
+    if not link.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(base / "codec" / "latents")
+    _run("flow", (_Given("latents"), stage), folder, seed, say)
+    here = jax.sharding.SingleDeviceSharding(_devices()[0])
+    definition, *parts = split(abstract(stage.model.build, jax.random.key(0)))
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), parts
+    )
+    model = definition.merge(*load_model(folder / "flow", *wanted))
+    return Trained(model, LatentFolder.open(base / "codec" / "latents"), base / "codec" / "codec")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A stage whose artifacts are there already."""
+
+    name: str
+    reads: tuple[str, ...] = ()
+
+    def run(self, context: Any) -> Mapping[str, Any]:
+        return {}
+
+
+def clips(latents: LatentFolder, split_name: str, per_label: int, seed: int) -> dict[str, Any]:
+    """Return standardised posterior means: {"latents" [B, T, C], "labels" [B]}, labels in turn."""
+    chance = np.random.default_rng(seed)
+    found, labels = [], []
+    tracks = latents.load(split_name)
+    for label in range(len(latents.labels)):
+        own = [t for t in tracks if t.label == label and len(t) >= recipe.FRAMES]
+        for _ in range(per_label):
+            track = own[int(chance.integers(len(own)))]
+            start = int(chance.integers(len(track) - recipe.FRAMES + 1))
+            found.append(latents.standardise(track.mean_FL[start : start + recipe.FRAMES]))
+            labels.append(label)
+    return {"latents": jnp.asarray(np.stack(found)), "labels": jnp.asarray(labels, jnp.int32)}
+
+
+def noise_like(latents: jax.Array, seed: int) -> jax.Array:
+    """Return noise of the latents' shape."""
+    return jax.random.normal(jax.random.key(seed), latents.shape)
+
+
+# --- (c) coupling, (e) solvers ------------------------------------------------------------------
+
+
+def coupling_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
+    """Train one arm and measure its paths."""
+    flow = trained_flow(folder.parents[1], seed, GROUP if arm == "coupled" else 1, say)
+    batch = clips(flow.latents, "heldout", 16, seed)
+    condition, noise = flow.model.condition(batch), noise_like(batch["latents"], 1000 + seed)
+    numbers = {"curvature": path_curvature(flow.model, condition, noise)}
+    for steps in (4, 8, 16):
+        plan = SamplingPlan(steps=steps, solver="euler", sway=0.0, cfg_coef=0.0)
+        numbers[f"euler-{steps}"] = sampling_error(flow.model, condition, noise, plan)
+    return numbers
+
+
+def coupling_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
+    """Return the verdict: lower curvature and lower Euler-8 error in every seed."""
+    rows = []
+    for name in ("curvature", "euler-8"):
+        ratios = [
+            results["coupled"][s][name] / results["independent"][s][name]
+            for s in results["coupled"]
+        ]
+        rows.append((max(ratios) <= threshold["ratio"], name, ratios))
+    reasons = tuple(
+        f"{'met' if met else 'NOT met'}: {name} coupled / independent {_span(ratios, '.3f')}, "
+        f"wanted at most {threshold['ratio']}"
+        for met, name, ratios in rows
+    )
+    verdict = "holds" if all(met for met, _, _ in rows) else "does not hold"
+    ours = "; ".join(f"{name} {_span(ratios, '.2f')} of independent" for _, name, ratios in rows)
+    return Decision(verdict, reasons, ours)
+
+
+SOLVER_BUDGETS = (8, 16, 32, 64)
+
+
+def solver_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
+    """Measure one solver on the seed's network, at several numbers of evaluations."""
+    flow = trained_flow(folder.parents[1], seed, GROUP, say)
+    batch = clips(flow.latents, "heldout", 16, seed)
+    condition, noise = flow.model.condition(batch), noise_like(batch["latents"], 1000 + seed)
+    return {
+        f"error-{n}": sampling_error(
+            flow.model, condition, noise, SamplingPlan(steps=n, solver=arm, cfg_coef=0.0)
+        )
+        for n in SOLVER_BUDGETS
+    }
+
+
+def solver_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
+    """Return the verdict: midpoint is nearer the exact solution at each budget from 16 on."""
+    reasons, met_all, shown = [], True, []
+    for n in SOLVER_BUDGETS:
+        ratios = [
+            results["midpoint"][s][f"error-{n}"] / results["euler"][s][f"error-{n}"]
+            for s in results["euler"]
+        ]
+        counts = n >= 16
+        met = max(ratios) <= threshold["ratio"]
+        met_all &= met or not counts
+        word = ("met" if met else "NOT met") if counts else "reported, not decided upon"
+        reasons.append(f"{word}: midpoint / euler at {n} evaluations {_span(ratios, '.3f')}")
+        shown.append(f"{n}: {_span(ratios, '.2f')}")
+    ours = "error of midpoint / Euler at equal evaluations, " + "; ".join(shown)
+    return Decision("holds" if met_all else "does not hold", tuple(reasons), ours)
+
+
+# --- (a) inversion -------------------------------------------------------------------------------
+
+INVERSION_ARMS = ("regularized", "fixed_point", "renoise", "ddim", "noise")
+
+
+def inversion_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
+    """Invert held-out music without a condition and come back, at equal evaluations."""
+    flow = trained_flow(folder.parents[1], seed, GROUP, say)
+    source = clips(flow.latents, "heldout", 8, 100 + seed)["latents"]
+    key, steps = jax.random.key(seed), 25
+    back = SamplingPlan(steps=steps, solver="euler", cfg_coef=0.0)
+    if arm == "noise":
+        start, used = noise_like(source, seed), 0
+    else:
+        budget = inversion("regularized").evaluations() + steps
+        plan = inversion(arm)
+        share = equal_evaluations(budget, {arm: plan}, guided=False)[arm]
+        plan = dataclasses.replace(plan, steps=share.inversion_steps)
+        back = dataclasses.replace(back, steps=share.generation_steps)
+        inverted = _invert(flow.model, source, plan, key)
+        start, used = inverted.latents_BTC, share.evaluations
+    found = transport(flow.model, None, start, back)
+    return {
+        "error": relative_error(found, source),
+        "latent_std": float(jnp.std(start)),
+        "evaluations": float(used),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def _invert(model, source, plan, key):
+    from jaxherd.methods.flow_sampling import guided
+
+    return invert(guided(model, None), source, plan, key)
+
+
+def inversion_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
+    """Return the verdict: the regularised inversion reconstructs better than the naive one."""
+    ratios = [
+        results["regularized"][s]["error"] / results["ddim"][s]["error"] for s in results["ddim"]
+    ]
+    lost = min(results["noise"][s]["error"] for s in results["noise"])
+    sound = lost >= threshold["lost"]
+    met = max(ratios) <= threshold["ratio"]
+    reasons = [
+        f"{'met' if sound else 'NOT met'}: the control that starts from noise does not reconstruct: "
+        f"least relative error {lost:.2f}, wanted at least {threshold['lost']}",
+        f"{'met' if met else 'NOT met'}: error regularised / naive {_span(ratios, '.2e')}, wanted at "
+        f"most {threshold['ratio']}",
+    ]
+    for arm in INVERSION_ARMS[:-1]:
+        errors = [n["error"] for n in results[arm].values()]
+        stds = [n["latent_std"] for n in results[arm].values()]
+        used = next(iter(results[arm].values()))["evaluations"]
+        reasons.append(
+            f"reported: {arm}: relative error {_span(errors, '.1e')}, latent std "
+            f"{_span(stds, '.3f')}, {used:.0f} evaluations"
+        )
+    verdict = "inconclusive" if not sound else ("holds" if met else "does not hold")
+    own = [n["error"] for n in results["regularized"].values()]
+    naive = [n["error"] for n in results["ddim"].values()]
+    ours = f"relative error {_span(own, '.1e')} against {_span(naive, '.1e')}"
+    return Decision(verdict, tuple(reasons), ours)
+
+
+# --- (b) edits -----------------------------------------------------------------------------------
+
+
+def edit_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
+    """Edit held-out clips to each other label over the range of `target_flowstep`."""
+    flow = trained_flow(folder.parents[1], seed, GROUP, say)
+    autoencoder = load_autoencoder(recipe.cpu_codec().model, flow.codec_folder)
+    train = clips(flow.latents, "train", 300, 7)
+    judge = train_classifier(np.asarray(train["latents"]), np.asarray(train["labels"]), seed=0)
+    source = clips(flow.latents, "heldout", 6, 200 + seed)
+    kinds = len(flow.latents.labels)
+    wanted = (source["labels"] + 1 + jnp.arange(len(source["labels"])) % (kinds - 1)) % kinds
+    if arm == "no_edit":
+        wanted = source["labels"]
+    condition = flow.model.condition({"labels": wanted})
+    decode = jax.jit(lambda z: autoencoder.decode(_unstandardised(flow.latents, z)))
+    before = np.asarray(decode(source["latents"]))
+    rate = flow.latents.sample_rate
+    target = np.asarray((source["labels"] + 1 + np.arange(len(wanted)) % (kinds - 1)) % kinds)
+    numbers: dict[str, float] = {
+        "judge": float(np.mean(judge.predict(np.asarray(source["latents"])) == source["labels"]))
+    }
+    for time in TIMES:
+        method = "regularized" if arm == "no_edit" else arm
+        plan = inversion(method, target_flowstep=time)
+        made = edit(
+            flow.model, source["latents"], None, condition, plan, jax.random.key(seed), cfg_coef=4.0
+        )
+        after = np.asarray(decode(made.latents_BTC))
+        numbers[f"flip/{time}"] = float(
+            np.mean(judge.predict(np.asarray(made.latents_BTC)) == target)
+        )
+        pairs = list(zip(before, after))
+        numbers[f"chroma/{time}"] = float(
+            np.mean([chroma_correlation(a, b, sample_rate=rate) for a, b in pairs])
+        )
+        numbers[f"onset/{time}"] = float(
+            np.mean([onset_correlation(a, b, sample_rate=rate) for a, b in pairs])
+        )
+        numbers[f"evaluations/{time}"] = float(made.evaluations)
+        say(f"{arm} at {time}: " + ", ".join(f"{numbers[f'{k}/{time}']:.3f}"
+                                             for k in ("flip", "chroma", "onset")))  # fmt: skip
+    return numbers
+
+
+def _unstandardised(latents: LatentFolder, z):
+    return z * (latents.std_L + 1e-5) + latents.mean_L
+
+
+def preserved_at(numbers: Mapping[str, float], flip: float, what: str = "chroma") -> float:
+    """Return the greatest preservation among settings that flip at least this share of clips.
+
+    Minus one where no setting does.
+    """
+    fit = [numbers[f"{what}/{t}"] for t in TIMES if numbers[f"flip/{t}"] >= flip]
+    return max(fit, default=-1.0)
+
+
+def edit_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
+    """Return the verdict: at an equal flip rate the regularised inversion keeps more chroma."""
+    rate = threshold["flip"]
+    controls = max(n[f"flip/{t}"] for n in results["no_edit"].values() for t in TIMES)
+    judged = min(n["judge"] for n in results["regularized"].values())
+    sound = controls <= threshold["no_edit"] and judged >= threshold["judge"]
+    reasons = [
+        f"{'met' if judged >= threshold['judge'] else 'NOT met'}: the classifier tells held-out "
+        f"clips apart: least accuracy {judged:.2f}, wanted at least {threshold['judge']}",
+        f"{'met' if controls <= threshold['no_edit'] else 'NOT met'}: edits towards the clip's own "
+        f"label do not flip it: greatest share {controls:.2f}, wanted at most "
+        f"{threshold['no_edit']}",
+    ]
+    met_all, shown = True, []
+    for other in ("sdedit", "ddim"):
+        gains = [
+            preserved_at(results["regularized"][s], rate) - preserved_at(results[other][s], rate)
+            for s in results["regularized"]
+        ]
+        met = min(gains) >= threshold["gain"]
+        met_all &= met
+        reasons.append(
+            f"{'met' if met else 'NOT met'}: chroma correlation kept at a flip rate of {rate}, "
+            f"regularised minus {other}: {_span(gains, '+.3f')}, wanted at least "
+            f"{threshold['gain']}"
+        )
+        shown.append(f"{_span(gains, '+.2f')} over {other}")
+    for arm in EDIT_METHODS:
+        flips = ["/".join(f"{n[f'flip/{t}']:.2f}" for t in TIMES) for n in results[arm].values()]
+        reasons.append(f"reported: {arm}: flips over target_flowstep {TIMES}: {'; '.join(flips)}")
+    verdict = "inconclusive" if not sound else ("holds" if met_all else "does not hold")
+    ours = f"chroma kept at a flip rate of {rate}: " + ", ".join(shown)
+    return Decision(verdict, tuple(reasons), ours)
+
+
+def edit_draw(record: Mapping[str, Any], path: Path) -> None:
+    """Draw flips and preservation over target_flowstep, and the one against the other."""
+    arms = record["results"]
+
+    def of(arm: str, name: str) -> list[list[float]]:
+        return [[n[f"{name}/{t}"] for t in TIMES] for n in arms[arm].values()]
+
+    def panel(name: str, label: str, title: str) -> dict[str, Any]:
+        return {
+            "x": list(TIMES),
+            "series": {arm: of(arm, name) for arm in (*EDIT_METHODS, "no_edit")},
+            "x_label": "target_flowstep (smaller edits more)",
+            "y_label": label,
+            "title": title,
+        }
+
+    seed_curves(
+        path,
+        [
+            panel("flip", "share of clips with the target label", "Label flipped"),
+            panel("chroma", "correlation with the source", "Chroma kept"),
+            panel("onset", "correlation with the source", "Onsets kept"),
+        ],
+    )
+
+
+# --- (d) bottleneck ------------------------------------------------------------------------------
+
+CODEC_ARMS = {"continuous": "gaussian", "quantised": "rvq"}
+
+
+def codec_stage(arm: str) -> TrainStage:
+    """Return a short training of the small codec with this bottleneck."""
+    stage = recipe.cpu_codec()
+    codec = stage.model.autoencoder
+    if arm == "quantised":
+        codec = codec_presets.quantised(codec, stages=8, codes=64)
+    return dataclasses.replace(
+        stage,
+        model=CodecTrainingConfig(codec, None),
+        run_config=RunConfig(steps=250, checkpoint_every=125, loggers=("jsonl",), unit="samples"),
+        evaluations=(
+            dataclasses.replace(
+                stage.evaluations[0], objective=ReconstructionCodec(sample=arm == "continuous")
+            ),
+        ),
+    )
+
+
+def codec_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
+    """Train one bottleneck; held-out numbers of its last evaluation."""
+    import json
+
+    _run(f"codec-{arm}", (codec_stage(arm),), folder, seed, say)
+    lines = (folder / "codec" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [r for r in map(json.loads, lines) if r["kind"] == "eval"][-1]
+    return {name: last[f"heldout/{name}"] for name in ("snr_db", "mel_distance", "bits_per_frame")}
+
+
+def codec_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
+    """Return the verdict: at no higher rate the continuous codec reconstructs better."""
+
+    def values(arm: str, name: str) -> list[float]:
+        return [n[name] for n in results[arm].values()]
+
+    rate = max(values("continuous", "bits_per_frame"))
+    allowed = min(values("quantised", "bits_per_frame"))
+    sound = rate <= allowed
+    gains = [a - b for a, b in zip(values("continuous", "snr_db"), values("quantised", "snr_db"))]
+    mels = [
+        a / b
+        for a, b in zip(values("continuous", "mel_distance"), values("quantised", "mel_distance"))
+    ]
+    better = min(gains) >= threshold["snr_db"]
+    nearer = max(mels) <= threshold["mel"]
+    reasons = (
+        f"{'met' if sound else 'NOT met'}: the continuous codec spends no more: at most {rate:.1f} "
+        f"bits a frame against {allowed:.1f}",
+        f"{'met' if better else 'NOT met'}: SNR gain {_span(gains, '+.2f')} dB, wanted at least "
+        f"{threshold['snr_db']}",
+        f"{'met' if nearer else 'NOT met'}: mel distance continuous / quantised "
+        f"{_span(mels, '.3f')}, wanted at most {threshold['mel']}",
+    )
+    verdict = "inconclusive" if not sound else ("holds" if better and nearer else "does not hold")
+    ours = (
+        f"SNR {_span(values('continuous', 'snr_db'), '.2f')} against "
+        f"{_span(values('quantised', 'snr_db'), '.2f')} dB at {rate:.0f} against {allowed:.0f} bits "
+        "a frame"
+    )
+    return Decision(verdict, reasons, ours)
+
+
+def _span(values: list[float], form: str) -> str:
+    return f"{min(values):{form}} to {max(values):{form}}"
