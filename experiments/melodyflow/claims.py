@@ -165,6 +165,10 @@ def coupling_decide(results: Results, threshold: Mapping[str, float]) -> Decisio
 
 
 SOLVER_BUDGETS = (8, 16, 32, 64)
+SOLVERS = {
+    "euler": SamplingPlan(solver="euler", cfg_coef=0.0),
+    "midpoint": SamplingPlan(solver="midpoint", cfg_coef=0.0),
+}
 
 
 def solver_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
@@ -172,9 +176,10 @@ def solver_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, floa
     flow = trained_flow(folder.parents[1], seed, GROUP, say)
     batch = clips(flow.latents, "heldout", 16, seed)
     condition, noise = flow.model.condition(batch), noise_like(batch["latents"], 1000 + seed)
+    solver = SOLVERS[arm]
     return {
         f"error-{n}": sampling_error(
-            flow.model, condition, noise, SamplingPlan(steps=n, solver=arm, cfg_coef=0.0)
+            flow.model, condition, noise, dataclasses.replace(solver, steps=n)
         )
         for n in SOLVER_BUDGETS
     }

@@ -393,11 +393,10 @@ class AudioAutoencoder(Module):
         self.config = config
         self.encoder = Seanet(config.encoder_layers(), key=e)
         if config.initial_std is not None and config.bottleneck == "gaussian":
-            last = self.encoder.layers[len(config.encoder_layers()) - 1]
+            last: Any = self.encoder.layers[len(config.encoder_layers()) - 1]
             scale = jnp.full(width, jnp.log(jnp.expm1(config.initial_std)))
-            last.bias = parameter(
-                jnp.concatenate([last.bias[...][:width], scale]), last.bias.get_metadata("axes")
-            )
+            started = jnp.concatenate([last.bias[...][:width], scale])
+            last.bias = parameter(started, last.bias.get_metadata("axes"))
         self.decoder = Seanet(config.decoder_layers(), key=d)
         quantiser = config.quantiser
         self.quantiser: ResidualQuantiser | None = None if quantiser is None else quantiser.build(q)
