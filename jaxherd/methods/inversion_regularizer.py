@@ -68,6 +68,7 @@ def regularize(
     lambda_kl: float,
     lambda_pair: float = 0.0,
     pair_rolls: int = 5,
+    pair_positions: int = 4096,
     gradient_steps: int = 4,
     clip: float = 100.0,
     patch: int = 4,
@@ -76,7 +77,13 @@ def regularize(
 
     v <- v - lambda clip(grad, -clip, clip), `gradient_steps` times for the KL term; after each, the
     pair term the same way, `pair_rolls` times with a share of its weight each.
+
+    The pair term is a mean over positions, so its gradient is the smaller the more there are, and
+    its weight belongs to a size: `pair_positions`, the 64 x 64 of the images it was made for
+    [recall].  Latents of other lengths take steps of the same size a position; with the weight as
+    it is, short latents diverge.  This scaling is ours.
     """
+    share = lambda_pair / pair_rolls * v_BTC.shape[1] / pair_positions
 
     def step(v, number):
         if lambda_kl:
@@ -86,7 +93,7 @@ def regularize(
             for roll in range(pair_rolls):
                 roll_key = jax.random.fold_in(jax.random.fold_in(key, number), roll)
                 gradient = jax.grad(lambda x, k=roll_key: pair_correlation(x, k).sum())(v)
-                v = v - lambda_pair / pair_rolls * jnp.clip(gradient, -clip, clip)
+                v = v - share * jnp.clip(gradient, -clip, clip)
         return v, None
 
     return jax.lax.scan(step, v_BTC, jnp.arange(gradient_steps))[0]

@@ -41,8 +41,8 @@ class Inversion:
       target_flowstep: where it ends; smaller is a stronger edit.
       iterations, keep: K and k.
       weights: "linear" weighs kept velocity j (from 0) by j / sum of the kept j, "uniform" by 1/k.
-      lambda_kl, lambda_pair, pair_rolls, gradient_steps, clip, patch: see `regularize`; without
-        `lambda_kl` no reference is evaluated.
+      lambda_kl, lambda_pair, pair_rolls, pair_positions, gradient_steps, clip, patch: see
+        `regularize`; without `lambda_kl` no reference is evaluated.
       sigma_min: of the jitter on the reference.
     """
 
@@ -56,6 +56,7 @@ class Inversion:
     lambda_kl: float = 0.2
     lambda_pair: float = 0.0
     pair_rolls: int = 5
+    pair_positions: int = 4096
     gradient_steps: int = 4
     clip: float = 100.0
     patch: int = 4
@@ -198,6 +199,7 @@ def _implicit(velocity, source_BTC, plan: Inversion, key):
             lambda_kl=plan.lambda_kl,
             lambda_pair=plan.lambda_pair,
             pair_rolls=plan.pair_rolls,
+            pair_positions=plan.pair_positions,
             gradient_steps=plan.gradient_steps,
             clip=plan.clip,
             patch=plan.patch,

@@ -76,11 +76,10 @@ def test_methods_run_and_report(devices):
     x = mixture.samples(64).reshape(64, 4, 4)
     found = {}
     for name in METHODS:
-        # The original's weights are meant for images of thousands of values.
         plan = inversion(name, steps=6, target_flowstep=0.1)
         result = jax.jit(lambda x, p=plan: invert(flat_velocity, x, p, KEY))(x)
         found[name] = result
-        assert np.isfinite(result.latents_BTC).all(), name
+        assert 0.5 < float(result.std) < 2.0, name  # also NaN fails
         assert result.std == pytest.approx(float(result.latents_BTC.std()))
     costs = {name: result.evaluations for name, result in found.items()}
     assert costs == {
@@ -193,10 +192,11 @@ def test_the_pair_term_sees_repetition():
     wave = jnp.sin(jnp.arange(64) / 3)[None, :, None] * jnp.ones((2, 1, 4))
     white = jax.random.normal(KEY, wave.shape)
     assert (pair_correlation(wave, KEY) > 3 * pair_correlation(white, KEY)).all()
-    flatter = regularize(
-        wave, wave, KEY, lambda_kl=0.0, lambda_pair=20.0, gradient_steps=4, pair_rolls=2
-    )
-    assert (pair_correlation(flatter, KEY) < pair_correlation(wave, KEY)).all()
+    for frames in (16, 64):
+        v = wave[:, :frames]
+        flatter = regularize(v, v, KEY, lambda_kl=0.0, lambda_pair=20.0)
+        assert (pair_correlation(flatter, KEY) < pair_correlation(v, KEY)).all()
+        assert 0.5 * float(v.std()) < float(flatter.std()) < float(v.std())
 
 
 def test_equal_evaluations():
