@@ -11,6 +11,7 @@ VERBS = {
     "run": "run an experiment, or go on with it",
     "claims": "the papers' claims: what was tried, and what came out",
     "generate": "continue a prompt with a model",
+    "music": "generate, edit, encode and decode music",
     "convert": "convert a model between formats",
     "launch": "run an experiment on a TPU slice in the cloud",
 }
@@ -39,8 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     module = importlib.import_module(f"jaxherd.cli.{verb}_")
     try:
         import tyro
+        import tyro.extras
 
-        return tyro.cli(module.main, prog=f"jaxherd {verb}", args=arguments[1:]) or 0
+        given, prog = arguments[1:], f"jaxherd {verb}"
+        if hasattr(module, "VERBS"):
+            return tyro.extras.subcommand_cli_from_dict(module.VERBS, prog=prog, args=given) or 0
+        return tyro.cli(module.main, prog=prog, args=given) or 0
     except JaxherdError as error:
         print(f"jaxherd: {error}", file=sys.stderr)
         return error.exit_status

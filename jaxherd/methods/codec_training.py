@@ -27,6 +27,7 @@ from jaxherd.models.stft_discriminator import StftDiscriminatorConfig, Verdict
 from jaxherd.training.metrics import Metrics, pair
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.phases import Phase
+from jaxherd.weights.registry import CONFIG_CLASSES
 
 WAVEFORM_LOSSES = {"l1": losses.waveform_l1, "relative": losses.waveform_relative}
 BALANCED = ("adversarial", "feature", "waveform", "mel")
@@ -62,6 +63,10 @@ class CodecTrainingConfig:
         channels = self.autoencoder.seanet.channels
         critic = self.discriminator.forward_flops(batch, samples, channels)
         return 4.0 * codec + 10.0 * critic
+
+
+# So that the model of a codec's stage can be loaded wherever this file is imported.
+CONFIG_CLASSES.append(CodecTrainingConfig)
 
 
 class CodecTraining(Module):

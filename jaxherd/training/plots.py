@@ -149,3 +149,55 @@ def seed_curves(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def music_figure(
+    path: Path,
+    waves: Mapping[str, np.ndarray],
+    latents: np.ndarray,
+    sample_rate: int,
+    frame_rate: float,
+) -> None:
+    """Draw a spectrogram of each wave and the latents below, over the same seconds.
+
+    Args:
+      path: of the file.
+      waves: name to samples [T, C].
+      latents: [F, L], standardised.
+      sample_rate: Hz; frame_rate: latent frames a second.
+    """
+    rows = len(waves) + 1
+    figure, axes = new_figure(8.0, 2.4 * rows)
+    figure.clear()
+    panels = figure.subplots(rows, 1, sharex=True)
+    for axes, (name, wave) in zip(panels, waves.items()):
+        mono = np.asarray(wave, float).mean(axis=1) + 1e-9 * np.random.default_rng(0).normal(
+            size=len(wave)
+        )
+        window = 1 << min(10, max(4, (len(mono) // 4).bit_length() - 1))
+        *_, image = axes.specgram(
+            mono,
+            NFFT=window,
+            noverlap=window * 3 // 4,
+            Fs=sample_rate,
+            cmap="magma",
+            vmin=-130,
+            vmax=-30,
+        )
+        axes.set(ylabel="Hz", title=f"{name}: power in dB")
+        axes.set_ylim(0, min(16000, sample_rate / 2))
+        figure.colorbar(image, ax=axes)
+    seconds = len(latents) / frame_rate
+    image = panels[-1].imshow(
+        latents.T,
+        aspect="auto",
+        origin="lower",
+        cmap="RdBu",
+        vmin=-3,
+        vmax=3,
+        extent=(0, seconds, 0, latents.shape[1]),
+    )
+    panels[-1].set(xlabel="seconds", ylabel="latent channel", title="standardised latents")
+    figure.colorbar(image, ax=panels[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

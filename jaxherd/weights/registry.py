@@ -14,7 +14,10 @@ from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
 from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
+from jaxherd.layers.vector_quantiser import QuantiserConfig
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
+from jaxherd.models.stft_discriminator import StftDiscriminatorConfig
 from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.models.velocity_transformer import (
     LabelEmbedding,
@@ -24,16 +27,21 @@ from jaxherd.models.velocity_transformer import (
 
 FORMAT, VERSION = "jaxherd", 1
 
-# A model's config class joins this list to be saved and loaded; it needs `build(key)`.
+# A model's config class joins this list to be saved and loaded; it needs `build(key)`.  Classes of
+# higher floors join it where they are defined.
 CONFIG_CLASSES: list[type] = [
     AttentionConfig,
+    AudioAutoencoderConfig,
     DecoderConfig,
     FeedForwardConfig,
     LabelEmbedding,
     LayerConfig,
     MoeConfig,
+    QuantiserConfig,
     RopeConfig,
     RopeScaling,
+    SeanetConfig,
+    StftDiscriminatorConfig,
     T5EncoderConfig,
     TemperatureTuning,
     TextStates,

@@ -182,7 +182,7 @@ def _write_file(path: pathlib.Path, names: list[str], tensors: Mapping) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             shape, dtype, make = tensors[name]
-            value = np.ascontiguousarray(make())
+            value = np.asarray(make(), order="C")  # keeps scalars without dimensions
             if value.shape != tuple(shape) or value.dtype != dtype:
                 raise AssertionError(f"{name}: {value.shape} {value.dtype}, not {shape} {dtype}")
             file.write(value.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,254 @@
+"""`jaxherd music`: generate, edit, encode and decode with a music model."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from jaxherd.cli import common
+from jaxherd.core.errors import JaxherdError
+
+Method = Literal["regularized", "fixed_point", "ddim", "renoise", "sdedit"]
+
+
+def generate(
+    model: tyro.conf.Positional[str],
+    /,
+    out: Path,
+    prompt: str | None = None,
+    seconds: float | None = None,
+    steps: int = 64,
+    solver: Literal["midpoint", "euler"] = "midpoint",
+    cfg: float = 4.0,
+    seed: int = 0,
+    plot: Path | None = None,
+    on: str = "cpu",
+) -> int:
+    """Make music from noise.
+
+    Example: jaxherd music generate runs/melodyflow-text_to_music-cpu --prompt "orchestral music"
+             --out new.wav
+
+    Args:
+        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        out: .wav, .flac or .ogg.
+        prompt: one of the model's labels, or a text; nothing gives unconditional music.
+        seconds: length; the length of the clips that the model was trained on if not given.
+        steps: network evaluations without guidance; guidance doubles them.
+        solver: midpoint (even steps) or euler.
+        cfg: guidance w of v = (1 + w) v_text - w v_null.
+        seed: of the noise.
+        plot: also draw spectrogram and latents to this .png file.
+        on: cpu, gpu or tpu.
+    """
+    _check_out(out, plot)
+    from jaxherd.methods.flow_sampling import SamplingPlan
+
+    plan = SamplingPlan(steps, solver, cfg_coef=cfg)
+    if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 600):
+        raise JaxherdError(f"--seconds {seconds}: give a length above 0 and up to 600 s.")
+    loaded = _load(model, on)
+    loaded.condition(prompt)
+    import jax
+
+    with _Progress() as report:
+        made = loaded.generate(
+            prompt, seconds or loaded.clip_seconds, plan, jax.random.key(seed), report=report
+        )
+    _finish(loaded, made, out, plot)
+    return 0
+
+
+def edit(
+    model: tyro.conf.Positional[str],
+    source: tyro.conf.Positional[Path],
+    /,
+    prompt: str,
+    out: Path,
+    source_prompt: str | None = None,
+    method: Method = "regularized",
+    target_flowstep: float = 0.0,
+    steps: int = 25,
+    cfg: float = 4.0,
+    seed: int = 0,
+    plot: Path | None = None,
+    on: str = "cpu",
+) -> int:
+    """Change a recording to what a prompt says, by inverting it and coming back.
+
+    Example: jaxherd music edit runs/melodyflow-text_to_music-cpu song.ogg --prompt "heavy metal"
+             --target-flowstep 0.1 --out edited.wav
+
+    Args:
+        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        source: the recording: WAV, FLAC or OGG, at any rate.
+        prompt: what it should become.
+        out: .wav, .flac or .ogg.
+        source_prompt: what it is; nothing is the paper's default.
+        method: regularized (the paper's), fixed_point, ddim (naive), renoise or sdedit.
+        target_flowstep: how far towards noise the inversion goes, from 0 (all the way, the
+            strongest edit) to below 1.
+        steps: of inversion and generation each.
+        cfg: guidance of the generation.
+        seed: of the posterior's sample and of the inversion.
+        plot: also draw spectrograms and latents to this .png file.
+        on: cpu, gpu or tpu.
+    """
+    _check_out(out, plot)
+    from jaxherd.methods.latent_inversion import inversion
+
+    plan = inversion(method, steps=steps, target_flowstep=target_flowstep)
+    wave, loaded = _source(model, source, on)
+    loaded.condition(prompt)
+    loaded.condition(source_prompt)
+    import jax
+
+    with _Progress() as report:
+        made = loaded.edit(
+            wave[None],
+            prompt,
+            plan,
+            jax.random.key(seed),
+            source_prompts=source_prompt,
+            cfg_coef=cfg,
+            report=report,
+        )
+    _finish(loaded, made, out, plot, before=wave)
+    return 0
+
+
+def encode(
+    model: tyro.conf.Positional[str],
+    source: tyro.conf.Positional[Path],
+    /,
+    out: Path,
+    on: str = "cpu",
+) -> int:
+    """Write a recording's latents (posterior means, standardised) as .npz.
+
+    Example: jaxherd music encode runs/melodyflow-text_to_music-cpu song.ogg --out song.npz
+
+    Args:
+        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        source: the recording: WAV, FLAC or OGG, at any rate and length.
+        out: the .npz file.
+        on: cpu, gpu or tpu.
+    """
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise JaxherdError(f"--out {out}: name a .npz file in a folder that exists.")
+    wave, loaded = _source(model, source, on)
+    with _Progress() as report:
+        latents = loaded.encode(wave[None], report=report)[0]
+    partial = out.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, latents=latents, samples=len(wave), sample_rate=loaded.sample_rate)
+    partial.replace(out)
+    print(f"wrote {latents.shape[0]} frames of {latents.shape[1]} latents to {out}")
+    return 0
+
+
+def decode(
+    model: tyro.conf.Positional[str],
+    latents: tyro.conf.Positional[Path],
+    /,
+    out: Path,
+    on: str = "cpu",
+) -> int:
+    """Turn latents back into sound.
+
+    Example: jaxherd music decode runs/melodyflow-text_to_music-cpu song.npz --out back.wav
+
+    Args:
+        model: the model that encoded them.
+        latents: the .npz file that `jaxherd music encode` wrote.
+        out: .wav, .flac or .ogg.
+        on: cpu, gpu or tpu.
+    """
+    _check_out(out, None)
+    try:
+        with np.load(latents, allow_pickle=False) as data:
+            found, samples = np.asarray(data["latents"], np.float32), int(data["samples"])
+    except (OSError, ValueError, KeyError) as error:
+        raise JaxherdError(f"{str(latents)!r} holds no latents of ours ({error}).") from error
+    if found.ndim != 2 or samples < 1:
+        raise JaxherdError(f"{str(latents)!r} holds latents of shape {found.shape}, not [F, L].")
+    loaded = _load(model, on)
+    with _Progress() as report:
+        wave = loaded.decode(found[None], report=report)[0, :samples]
+    _write(out, wave, loaded.sample_rate)
+    return 0
+
+
+def _load(model: str, on: str) -> Any:
+    common.local_devices(on)
+    from jaxherd.methods.music_files import load_music
+
+    return load_music(model)
+
+
+def _source(model: str, source: Path, on: str) -> tuple[np.ndarray, Any]:
+    """Return (wave [T, C] at the model's rate, the model); the file is read before the model."""
+    from jaxherd.data.audio.files import read_audio, resample, with_channels
+
+    wave, rate = read_audio(source, max_seconds=600.0)
+    loaded = _load(model, on)
+    wave = with_channels(wave, loaded.channels)
+    if rate != loaded.sample_rate:
+        wave = resample(wave, rate, loaded.sample_rate)
+    return wave, loaded
+
+
+def _check_out(out: Path, plot: Path | None) -> None:
+    from jaxherd.data.audio.files import check_output
+
+    check_output(out)
+    if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
+        raise JaxherdError(f"--plot {plot}: name a .png file in a folder that exists.")
+
+
+def _write(out: Path, wave: np.ndarray, rate: int) -> None:
+    from jaxherd.data.audio.files import write_audio
+
+    write_audio(out, wave, rate)
+    print(f"wrote {len(wave) / rate:.2f} s to {out}")
+
+
+def _finish(
+    loaded: Any, made: Any, out: Path, plot: Path | None, before: np.ndarray | None = None
+) -> None:
+    print(f"network evaluations: {made.evaluations}; latent std {made.latent_std:.3f}", end="")
+    print("" if made.inverted_std is None else f"; of the inverted noise {made.inverted_std:.3f}")
+    _write(out, made.wave_BTC[0], loaded.sample_rate)
+    if plot is not None:
+        from jaxherd.training.plots import music_figure
+
+        waves = {"result": made.wave_BTC[0]} if before is None else {
+            "source": before, "result": made.wave_BTC[0]}  # fmt: skip
+        music_figure(plot, waves, made.latents_BFL[0], loaded.sample_rate, loaded.frame_rate)
+        print(f"drew {plot}")
+
+
+class _Progress:
+    """A bar a kind of work, on standard error; called as `report(what, done, total)`."""
+
+    def __enter__(self) -> "_Progress":
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._tasks: dict[str, Any] = {}
+        self._bar.start()
+        return self
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done)
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+
+VERBS = {"generate": generate, "edit": edit, "encode": encode, "decode": decode}

@@ -1,0 +1,377 @@
+"""A music model: a codec, a velocity field in its latents, and words for what is to be played.
+
+    generate: noise -> latents -> wave
+    edit:     wave -> latents -> (partial) noise -> latents -> wave
+
+Latents are standardised everywhere in this file: (x - mean) / (std + 1e-5) of what the codec gives.
+
+Axis letters: B batch, T samples, C audio channels, F frames, L latent width, N text tokens.
+Source: melodyflow.md 2.1, 5 and 6.1.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.methods.codec_latents import TextEncoder
+from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
+from jaxherd.methods.latent_inversion import Inversion
+from jaxherd.methods.latent_inversion import edit as edit_latents
+from jaxherd.models.seanet import AudioAutoencoder
+from jaxherd.models.seanet_streaming import decode_chunks, encode_chunks
+from jaxherd.models.velocity_transformer import (
+    Condition,
+    LabelEmbedding,
+    TextStates,
+    VelocityTransformer,
+)
+
+# Called with what is being done, how much of it is done, and how much there is.
+Report = Callable[[str, int, int], None]
+Prompts = str | None | Sequence[str | None]
+
+FRAMES_PER_CHUNK = 250
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Music:
+    """What was made.
+
+    Attributes:
+      wave_BTC: float32 waveforms.
+      latents_BFL: their standardised latents.
+      evaluations: of the velocity network for one example; a guided one counts twice.
+      latent_std: of all latents: 1 in the training data.
+      inverted_std: of the noise that an inversion reached: 1 for noise.  None without inversion.
+    """
+
+    wave_BTC: np.ndarray
+    latents_BFL: np.ndarray
+    evaluations: int
+    latent_std: float
+    inverted_std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MusicModel:
+    """Codec and velocity network.
+
+    Attributes:
+      autoencoder, velocity: the two modules.
+      mean, std: [L], by which latents are standardised.
+      sample_rate: Hz.
+      labels: what prompts may be, where conditions are labels.
+      text_encoder: source of the T5 encoder with its tokenizer, where they are text.
+      clip_seconds: length of the clips that the velocity network was trained on.
+    """
+
+    autoencoder: AudioAutoencoder
+    velocity: VelocityTransformer
+    mean: np.ndarray
+    std: np.ndarray
+    sample_rate: int
+    labels: tuple[str, ...] = ()
+    text_encoder: str | None = None
+    clip_seconds: float = 10.0
+
+    def __post_init__(self):
+        codec, flow = self.autoencoder.config, self.velocity.config
+        sizes = {codec.seanet.dimension, flow.latent_dim, len(self.mean), len(self.std)}
+        if len(sizes) > 1:
+            raise JaxherdError(
+                f"the codec has {codec.seanet.dimension} latent channels, the velocity network "
+                f"{flow.latent_dim} and the statistics {len(self.mean)} and {len(self.std)}: take "
+                "parts of one run."
+            )
+        if self.sample_rate != codec.sample_rate:
+            raise JaxherdError(
+                f"sample_rate={self.sample_rate} is not the codec's {codec.sample_rate}."
+            )
+        given = flow.conditioner
+        if isinstance(given, LabelEmbedding) and len(self.labels) != given.num_labels:
+            raise JaxherdError(
+                f"the velocity network knows {given.num_labels} labels and {len(self.labels)} "
+                "names are given: take those of the latents it was trained on."
+            )
+
+    @property
+    def frame_rate(self) -> float:
+        """Latent frames a second."""
+        return self.autoencoder.config.frame_rate
+
+    @property
+    def channels(self) -> int:
+        """Audio channels."""
+        return self.autoencoder.config.seanet.channels
+
+    def label(self, prompt: str) -> int:
+        """Return the label of this name, or the only one that holds all words of the prompt.
+
+        Raises:
+          JaxherdError: none or several do; the message lists the labels.
+        """
+        names = [name.casefold() for name in self.labels]
+        wanted = " ".join(prompt.casefold().split())
+        if wanted in names:
+            return names.index(wanted)
+        words = set(wanted.split())
+        found = [i for i, name in enumerate(names) if words and words <= set(name.split())]
+        if len(found) == 1:
+            return found[0]
+        why = "fits several labels" if found else "is none of the model's labels"
+        raise JaxherdError(f"the prompt {prompt!r} {why}; {nearest(prompt, self.labels)}")
+
+    def condition(self, prompts: Prompts) -> Condition | None:
+        """Return the condition of one prompt, or of one a row; None is the null condition.
+
+        Raises:
+          JaxherdError: an unknown label, or a prompt for a model that takes none.
+        """
+        prompts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        if all(prompt is None for prompt in prompts):
+            return None
+        given = self.velocity.config.conditioner
+        if isinstance(given, LabelEmbedding):
+            labels = [-1 if prompt is None else self.label(prompt) for prompt in prompts]
+            return self.velocity.condition({"labels": np.asarray(labels, np.int32)})
+        if isinstance(given, TextStates):
+            return self.velocity.condition(self._text(prompts, given.dim))
+        raise JaxherdError("this model was trained without conditions: leave the prompt away.")
+
+    def _text(self, prompts: Sequence[str | None], width: int) -> dict[str, np.ndarray]:
+        if self.text_encoder is None:
+            raise JaxherdError(
+                "the model's conditions are text and it names no text encoder: give "
+                "text_encoder=, the source of the T5 encoder it was trained with."
+            )
+        encode = text_encoder(self.text_encoder)
+        states_ND = [np.zeros((0, width), np.float32) if p is None else encode(p) for p in prompts]
+        if any(states.shape[1] != width for states in states_ND):
+            raise JaxherdError(
+                f"{self.text_encoder!r} gives states of another width than the model's {width}: "
+                "name the T5 encoder it was trained with."
+            )
+        length = -(-max(map(len, states_ND)) // 32) * 32
+        text_BND = np.zeros((len(prompts), length, width), np.float32)
+        mask_BN = np.zeros((len(prompts), length), np.float32)
+        for row, states in enumerate(states_ND):
+            text_BND[row, : len(states)], mask_BN[row, : len(states)] = states, 1.0
+        return {"text_states": text_BND, "text_mask": mask_BN}
+
+    def encode(
+        self,
+        wave_BTC: Float[np.ndarray, "B T C"],
+        *,
+        key: jax.Array | None = None,
+        report: Report | None = None,
+    ) -> Float[np.ndarray, "B F L"]:
+        """Return latents of ceil(T / hop) frames, in pieces and without seams.
+
+        Args:
+          wave_BTC: at the model's rate, with its channels.
+          key: samples the posterior; its mean without one.
+          report: is told the frames that are done.
+        Raises:
+          JaxherdError: another number of channels, or no sample at all.
+        """
+        wave_BTC = np.asarray(wave_BTC, np.float32)
+        if wave_BTC.shape[2] != self.channels or not wave_BTC.shape[1]:
+            raise JaxherdError(
+                f"a wave of {wave_BTC.shape[1]} samples and {wave_BTC.shape[2]} channels; the "
+                f"codec wants some samples and {self.channels} channels."
+            )
+        config = self.autoencoder.config
+        frames, length = config.frames(wave_BTC.shape[1]), FRAMES_PER_CHUNK * config.seanet.hop
+        pieces = (wave_BTC[:, i : i + length] for i in range(0, wave_BTC.shape[1], length))
+        means, stds, done = [], [], 0
+        for part in encode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
+            means.append(part.mean_BTL)
+            stds.append(part.std_BTL)
+            done += part.mean_BTL.shape[1]
+            if report is not None:
+                report("encoding", done, frames)
+        x_BFL = np.concatenate(means, axis=1)
+        if key is not None:
+            noise = np.asarray(jax.random.normal(key, x_BFL.shape))
+            x_BFL = x_BFL + np.concatenate(stds, axis=1) * noise
+        return ((x_BFL - self.mean) / (self.std + 1e-5)).astype(np.float32)
+
+    def decode(
+        self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
+    ) -> Float[np.ndarray, "B T C"]:
+        """Return waveforms of F hop samples, in pieces and without seams.
+
+        A quantising codec snaps the latents to its codes first.
+
+        Raises:
+          JaxherdError: another width than the codec's, no frame, or values that are no numbers.
+        """
+        latents_BFL = np.asarray(latents_BFL, np.float32)
+        width = self.autoencoder.config.seanet.dimension
+        if latents_BFL.shape[2] != width or not latents_BFL.shape[1]:
+            raise JaxherdError(
+                f"latents of {latents_BFL.shape[1]} frames and {latents_BFL.shape[2]} channels; "
+                f"the codec wants some frames and {width} channels."
+            )
+        if not np.isfinite(latents_BFL).all():
+            raise JaxherdError(
+                "the latents hold values that are no finite numbers: lower cfg or the edit's "
+                "strength, or train the model longer."
+            )
+        x_BFL = (latents_BFL * (self.std + 1e-5) + self.mean).astype(np.float32)
+        frames = x_BFL.shape[1]
+        starts = range(0, frames, FRAMES_PER_CHUNK)
+        pieces = (self._snapped(x_BFL[:, i : i + FRAMES_PER_CHUNK]) for i in starts)
+        waves, done = [], 0
+        for wave_BTC in decode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
+            waves.append(wave_BTC)
+            done += wave_BTC.shape[1] // self.autoencoder.config.seanet.hop
+            if report is not None:
+                report("decoding", done, frames)
+        return np.concatenate(waves, axis=1)
+
+    def _snapped(self, x_BFL: np.ndarray) -> np.ndarray:
+        if self.autoencoder.quantiser is None:
+            return x_BFL
+        return np.asarray(_quantised(self.autoencoder, x_BFL))
+
+    def generate(
+        self,
+        prompts: Prompts,
+        seconds: float,
+        plan: SamplingPlan,
+        key: jax.Array,
+        *,
+        report: Report | None = None,
+    ) -> Music:
+        """Return music for one prompt, or for one a row.
+
+        Args:
+          prompts: labels or texts; None is the null condition.
+          seconds: length; the last frame is cut.
+          plan: from noise to data.
+          key: of the noise.
+          report: is told of steps and of decoded frames.
+        Raises:
+          JaxherdError: an unknown label, a length that is not positive, or a plan that does not
+            start at noise and end at data.
+        """
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise JaxherdError(f"seconds must be positive, got {seconds}.")
+        if (plan.source, plan.target) != (0.0, 1.0):
+            raise JaxherdError(
+                f"generation goes from noise at 0 to data at 1, not from {plan.source:g} to "
+                f"{plan.target:g}."
+            )
+        rows = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+        condition = self.condition(prompts)
+        if condition is None:  # both halves of a guided call would be the same
+            plan = dataclasses.replace(plan, cfg_coef=0.0)
+        samples = max(1, round(seconds * self.sample_rate))
+        frames = self.autoencoder.frames(samples)
+        noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
+        network = _told(self.velocity, report, "generating", plan.steps)
+        latents_BFL = np.asarray(transport(network, condition, noise, plan))
+        wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
+        return Music(wave_BTC, latents_BFL, evaluations(plan), float(latents_BFL.std()))
+
+    def edit(
+        self,
+        wave_BTC: Float[np.ndarray, "B T C"],
+        prompts: Prompts,
+        plan: Inversion | None,
+        key: jax.Array,
+        *,
+        source_prompts: Prompts = None,
+        cfg_coef: float = 4.0,
+        sample: bool = True,
+        report: Report | None = None,
+    ) -> Music:
+        """Return the waves changed to what the prompt says, as long as they were.
+
+        Args:
+          wave_BTC: the sources.
+          prompts: what they should be: one for all, or one a row.
+          plan: of the inversion, whose `target_flowstep` is the edit's strength.  None is no edit
+            at all (a flow step of 1): the source through the codec.
+          key: of the posterior's sample and of the inversion.
+          source_prompts: what the sources are; the null condition is the paper's default.
+          cfg_coef: guidance of the generation.
+          sample: latents of the source are drawn from the posterior, as in the paper; False takes
+            its mean.
+          report: is told of frames and steps.
+        Raises:
+          JaxherdError: as for `encode` and `condition`.
+        """
+        rows = len(wave_BTC)
+        before, after = (
+            None if c is None else c.tile(rows // len(c.mask_BL))
+            for c in (self.condition(source_prompts), self.condition(prompts))
+        )
+        posterior_key, edit_key = jax.random.split(key)
+        source_BFL = self.encode(wave_BTC, key=posterior_key if sample else None, report=report)
+        latents_BFL, count, inverted = source_BFL, 0, None
+        if plan is not None:
+            network = _told(self.velocity, report, "editing", _calls(plan))
+            edited = edit_latents(
+                network, jnp.asarray(source_BFL), before, after, plan, edit_key, cfg_coef=cfg_coef
+            )
+            latents_BFL, count = np.asarray(edited.latents_BTC), edited.evaluations
+            inverted = float(edited.inverted.std)
+        wave = self.decode(latents_BFL, report=report)[:, : wave_BTC.shape[1]]
+        return Music(wave, latents_BFL, count, float(latents_BFL.std()), inverted)
+
+
+@functools.lru_cache(maxsize=2)
+def text_encoder(source: str) -> Callable[[str], np.ndarray]:
+    """Return the text encoder at a source; texts it has seen are kept."""
+    return TextEncoder(source)
+
+
+@jax.jit
+def _quantised(autoencoder: AudioAutoencoder, x_BFL: jax.Array) -> jax.Array:
+    return autoencoder.quantise(x_BFL).latents_BTL
+
+
+def _calls(plan: Inversion) -> int:
+    """Return how often an edit calls the network; references and guidance share a call."""
+    each = {"implicit": plan.iterations, "backward_euler": 1, "noise": 0}[plan.scheme]
+    return plan.steps * (each + 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """A network that says when it is called.  A program with it is compiled for every run."""
+
+    model: Any
+    tell: Callable[[], None] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def __call__(self, z, t, condition=None):
+        jax.debug.callback(self.tell)
+        return self.model(z, t, condition)
+
+
+def _told(model: Any, report: Report | None, what: str, total: int) -> Any:
+    if report is None:
+        return model
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        report(what, done, total)
+
+    return _Told(model, tell)

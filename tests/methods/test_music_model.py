@@ -1,0 +1,201 @@
+"""A music model: conditions, lengths, seeds, edits that change nothing, and folders."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_music
+from tiny_music import LABELS, MEAN, RATE, STD
+
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.modules import flatten, split
+from jaxherd.methods import music_model as music_lib
+from jaxherd.methods.flow_sampling import SamplingPlan
+from jaxherd.methods.latent_inversion import inversion
+from jaxherd.methods.music_files import load_music, save_music
+from jaxherd.models.velocity_transformer import TextStates
+
+PLAN = SamplingPlan(4, "midpoint", cfg_coef=1.0)
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_music.music_model()
+
+
+def test_a_prompt_is_a_label_or_words_of_one(model):
+    assert [model.label(p) for p in LABELS] == [0, 1, 2]
+    assert model.label(" Heavy  METAL ") == 2 and model.label("orchestral") == 1
+    with pytest.raises(JaxherdError, match="fits several labels.*heavy metal"):
+        model.label("music")
+    for wrong in ("hevy metal", ""):
+        with pytest.raises(JaxherdError, match="none of the model's labels") as caught:
+            model.label(wrong)
+        assert all(label in str(caught.value) for label in LABELS)
+    assert model.condition(None) is None and model.condition([None, None]) is None
+    mixed = model.condition(["heavy metal", None])
+    assert mixed.mask_BL.tolist() == [[True], [False]]
+    table = np.asarray(model.velocity.label_table.table)
+    np.testing.assert_array_equal(mixed.states_BLD[0, 0], table[2])
+
+
+def test_generation_follows_the_seed_and_the_prompt(model):
+    made = {
+        name: model.generate(prompt, 0.0501, PLAN, jax.random.key(seed))
+        for name, prompt, seed in (
+            ("a", "heavy metal", 0), ("again", "heavy metal", 0), ("seed", "heavy metal", 1),
+            ("prompt", "orchestral music", 0), ("none", None, 0),
+        )
+    }  # fmt: skip
+    assert made["a"].wave_BTC.shape == (1, 401, 2) and made["a"].latents_BFL.shape == (1, 51, 4)
+    assert made["a"].wave_BTC.dtype == np.float32
+    np.testing.assert_array_equal(made["a"].wave_BTC, made["again"].wave_BTC)
+    for other in ("seed", "prompt", "none"):
+        assert np.abs(made["a"].latents_BFL - made[other].latents_BFL).max() > 1e-3
+    # Guidance doubles the evaluations, and there is none without a prompt.
+    assert made["a"].evaluations == 8 and made["none"].evaluations == 4
+    assert made["a"].latent_std == pytest.approx(made["a"].latents_BFL.std())
+    both = model.generate(["heavy metal", None], 0.05, PLAN, KEY)
+    assert both.wave_BTC.shape == (2, 400, 2)
+
+
+def test_latents_are_standardised(model):
+    wave = tiny_music.tone(rows=2)
+    latents = model.encode(wave)
+    raw = jax.jit(lambda m, x: m.encode(x))(model.autoencoder, wave)
+    np.testing.assert_allclose(latents * (STD + 1e-5) + MEAN, raw.mean_BTL, atol=1e-5)
+    sampled = model.encode(wave, key=KEY)
+    gap = (sampled - latents) * (STD + 1e-5) / np.asarray(raw.std_BTL)
+    assert 0.8 < gap.std() < 1.2
+    decoded = jax.jit(lambda m, x: m.decode(x))(model.autoencoder, raw.mean_BTL)
+    np.testing.assert_allclose(model.decode(latents), decoded, atol=1e-5)
+
+
+def test_long_waves_go_in_pieces(model, monkeypatch):
+    told = []
+    whole = model.encode(tiny_music.tone(0.3))
+    wave = model.decode(whole)
+    monkeypatch.setattr(music_lib, "FRAMES_PER_CHUNK", 100)
+    pieces = model.encode(tiny_music.tone(0.3), report=lambda *r: told.append(r))
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+    np.testing.assert_allclose(
+        model.decode(pieces, report=lambda *r: told.append(r)), wave, atol=1e-5
+    )
+    assert told[0] == ("encoding", 100, 300) and told[-1] == ("decoding", 300, 300)
+
+
+def test_an_edit_of_no_strength_is_the_source_through_the_codec(model):
+    wave = tiny_music.tone(0.0501)
+    plain = model.edit(wave, "heavy metal", None, KEY, sample=False)
+    codec = model.decode(model.encode(wave))[:, : wave.shape[1]]
+    np.testing.assert_array_equal(plain.wave_BTC, codec)
+    assert plain.evaluations == 0 and plain.inverted_std is None
+    # A flow step near 1 changes little, one of 0 much.
+    plan = inversion("fixed_point", steps=3)
+    slight, strong = (
+        model.edit(wave, "heavy metal", dataclasses.replace(plan, target_flowstep=t), KEY,
+                   sample=False)
+        for t in (0.999, 0.0)
+    )  # fmt: skip
+    near = np.abs(slight.latents_BFL - plain.latents_BFL).max()
+    assert near < 0.02 < 10 * near < np.abs(strong.latents_BFL - plain.latents_BFL).max()
+
+
+@pytest.mark.parametrize("method", ["regularized", "fixed_point", "ddim", "sdedit"])
+def test_edits_follow_seed_and_prompt_and_are_counted(model, method):
+    plan, wave = inversion(method, steps=3), tiny_music.tone(rows=2)
+    told = []
+    edited = [
+        model.edit(wave, prompt, plan, KEY, source_prompts=source)
+        for prompt, source in (("heavy metal", None), ("heavy metal", None),
+                               ("orchestral", "heavy metal"))
+    ]  # fmt: skip
+    shown = model.edit(wave, "heavy metal", plan, KEY, report=lambda *r: told.append(r))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(edited[0].wave_BTC, edited[1].wave_BTC)
+    np.testing.assert_allclose(edited[0].wave_BTC, shown.wave_BTC, atol=1e-4)
+    assert np.abs(edited[0].latents_BFL - edited[2].latents_BFL).max() > 1e-3
+    assert edited[0].evaluations == plan.evaluations() + 2 * 3
+    assert np.isfinite(edited[0].inverted_std)
+    steps = [r for r in told if r[0] == "editing"]
+    assert steps[-1][1] == steps[-1][2] == len(steps)
+
+
+def test_a_saved_model_is_the_same(model, tmp_path):
+    folder = save_music(model, tmp_path / "saved")
+    back = load_music(folder)
+    for a, b in ((model.autoencoder, back.autoencoder), (model.velocity, back.velocity)):
+        ours, theirs = ([flatten(tree) for tree in split(m)[1:]] for m in (a, b))
+        for mine, other in zip(ours, theirs):
+            assert mine.keys() == other.keys()
+            for name, value in mine.items():
+                np.testing.assert_array_equal(value, other[name], name)
+    assert (back.labels, back.sample_rate, back.clip_seconds) == (LABELS, RATE, 0.05)
+    one, two = (m.generate("heavy metal", 0.02, PLAN, KEY).wave_BTC for m in (model, back))
+    np.testing.assert_array_equal(one, two)
+    with pytest.raises(JaxherdError, match="not empty"):
+        save_music(model, folder)
+
+
+def test_a_run_is_a_model(model, tmp_path):
+    loaded = load_music(tiny_music.write_run(tmp_path / "run"))
+    assert loaded.labels == LABELS and loaded.clip_seconds == pytest.approx(50 / (RATE / 8))
+    wave = tiny_music.tone()
+    np.testing.assert_allclose(loaded.encode(wave), model.encode(wave), atol=1e-6)
+    one, two = (m.generate("orchestral", 0.02, PLAN, KEY).wave_BTC for m in (model, loaded))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_text_conditions_take_a_text_encoder(model, monkeypatch):
+    config = dataclasses.replace(tiny_music.FLOW, conditioner=TextStates(6))
+    velocity = jax.jit(config.build)(jax.random.key(0))
+    texts = dataclasses.replace(model, velocity=velocity, labels=())
+    with pytest.raises(JaxherdError, match="names no text encoder"):
+        texts.condition("a slow waltz")
+
+    def states(text):
+        return np.full((len(text.split()), 6), len(text), np.float32)
+
+    monkeypatch.setattr(music_lib, "text_encoder", lambda source: states)
+    texts = dataclasses.replace(texts, text_encoder="t5")
+    mask = texts.condition(["a slow waltz", None]).mask_BL
+    assert mask.shape == (2, 32) and mask.sum(axis=1).tolist() == [3, 0]
+    one, two = (
+        texts.generate(prompt, 0.02, PLAN, KEY).latents_BFL for prompt in ("a slow waltz", "noise")
+    )
+    assert np.abs(one - two).max() > 1e-4
+
+
+def test_what_cannot_be_is_told(model, tmp_path):
+    with pytest.raises(JaxherdError, match="take those of the latents"):
+        dataclasses.replace(model, labels=("one",))
+    with pytest.raises(JaxherdError, match="take parts of one run"):
+        dataclasses.replace(model, mean=np.zeros(3))
+    with pytest.raises(JaxherdError, match="seconds must be positive"):
+        model.generate(None, 0.0, PLAN, KEY)
+    with pytest.raises(JaxherdError, match="goes from noise"):
+        model.generate(None, 1.0, dataclasses.replace(PLAN, target=0.5), KEY)
+    with pytest.raises(JaxherdError, match="1 channels"):
+        model.encode(tiny_music.tone(channels=1))
+    with pytest.raises(JaxherdError, match="no finite numbers"):
+        model.decode(np.full((1, 3, 4), np.nan, np.float32))
+    plain = jax.jit(dataclasses.replace(tiny_music.FLOW, conditioner=None).build)(KEY)
+    with pytest.raises(JaxherdError, match="leave the prompt away"):
+        dataclasses.replace(model, velocity=plain, labels=()).condition("heavy metal")
+    with pytest.raises(JaxherdError, match="'codec' has left nothing"):
+        load_music(tmp_path)
+    folder = save_music(model, tmp_path / "model")
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(entries | {"version": 2}))
+    with pytest.raises(JaxherdError, match="version 2"):
+        load_music(folder)
+    (folder / "config.json").write_text(json.dumps({**entries, "std": "wide"}))
+    with pytest.raises(JaxherdError, match="is damaged"):
+        load_music(folder)
