@@ -136,8 +136,10 @@ class EncodeRecordings:
         std_FL = np.concatenate([np.asarray(p.std_BTL)[0] for p in found])
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
+        arrays: dict[str, Any] = {"mean": mean_FL, "std": std_FL, **more}
+        save: Any = np.savez  # its stub takes the arrays' names for its own arguments
         with partial.open("wb") as out:
-            np.savez(out, mean=mean_FL.astype(np.float32), std=std_FL.astype(np.float32), **more)
+            save(out, **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
         partial.replace(file)
 
 
