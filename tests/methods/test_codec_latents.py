@@ -1,0 +1,131 @@
+"""Codec, latents and flow as stages of one experiment, on recordings made here, and its use."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxherd.core.experiment import Experiment
+from jaxherd.core.runner import run_experiment
+from jaxherd.data.audio.clips import AudioClips
+from jaxherd.data.audio.files import write_audio
+from jaxherd.data.audio.latents import LatentClips, LatentFolder
+from jaxherd.data.audio.tracks import AudioGroup
+from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
+from jaxherd.methods.codec_losses import MultiScaleMel
+from jaxherd.methods.codec_training import CodecTrainingConfig, ReconstructionCodec
+from jaxherd.methods.flow_matching import FlowMatching
+from jaxherd.methods.flow_sampling import SamplingPlan
+from jaxherd.methods.music_files import load_music
+from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
+from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
+from jaxherd.training.optimizers import Optimizer, Schedule
+from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage
+
+RATE, WIDTH = 2000, 4
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory):
+    """Two groups of three recordings: slow and fast tremolo of tones."""
+    root = tmp_path_factory.mktemp("music")
+    t = np.arange(RATE * 4) / RATE
+    for number in range(3):
+        for label, speed in (("slow", 1.0), ("fast", 8.0)):
+            (root / label).mkdir(exist_ok=True)
+            wave = 0.5 * np.sin(2 * np.pi * (150 + 40 * number) * t) * np.cos(np.pi * speed * t)
+            write_audio(root / label / f"{number}.wav", wave[:, None].astype("f4"), RATE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(music, tmp_path_factory):
+    groups = tuple(AudioGroup(name, (str(music / name),)) for name in ("slow", "fast"))
+    seanet = SeanetConfig(channels=1, dimension=WIDTH, n_filters=4, ratios=(5, 2), lstm=0)
+    objective = ReconstructionCodec(
+        mel=MultiScaleMel(exponents=(6,), n_mels=8, f_min=20.0), waveform_loss="relative"
+    )
+    optimizer = Optimizer(schedule=Schedule(3e-3, "constant", 0), weight_decay=0.0)
+    codec = TrainStage(
+        name="codec",
+        model=CodecTrainingConfig(AudioAutoencoderConfig(seanet, RATE, initial_std=0.05), None),
+        data=AudioClips(groups, RATE, 1, 500, batch_size=4, heldout_fraction=0.3),
+        objective=objective,
+        optimizer=optimizer,
+        run_config=RunConfig(steps=12, checkpoint_every=6, loggers=("jsonl",), unit="samples"),
+        evaluations=(Evaluation("heldout"),),
+    )
+    flow = FlowMatching()
+    stages = (
+        codec,
+        EncodeRecordings("latents", codec.model, codec.data, frames_per_chunk=64),
+        TrainStage(
+            name="flow",
+            model=VelocityTransformerConfig(
+                16, 2, 2, latent_dim=WIDTH, conditioner=LabelEmbedding(2)
+            ),
+            data=LatentClips(
+                latent_dim=WIDTH, frames=16, batch_size=8, coupling_group=8, eval_batch_size=4
+            ),
+            objective=flow,
+            optimizer=optimizer,
+            step=StepConfig(average_decay=0.5),
+            run_config=RunConfig(steps=12, checkpoint_every=6, loggers=("jsonl",), unit="frames"),
+            evaluations=(Evaluation("heldout", objective=flow.evaluation((0.3, 0.7))),),
+            reads=("latents",),
+        ),
+    )
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+        experiment = Experiment("tests/music", "cpu", "cpu", stages)
+        summary = run_experiment(
+            experiment, folder, target="cpu", devices=tuple(jax.devices()[:1]), quiet=True,
+            say=lambda _: None,
+        )  # fmt: skip
+    return folder, stages, summary
+
+
+def test_all_stages_ran_on_batches_that_are_no_tokens(run):
+    folder, _, summary = run
+    assert list(summary) == ["codec", "latents", "flow"]
+    for name in ("codec", "flow"):
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        losses = [r["loss"] for r in records if r["kind"] == "train"]
+        assert len(losses) == 12 and np.isfinite(losses).all()
+        assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    report = (folder / "report.md").read_text()
+    assert "## codec" in report and "- recordings: 6" in report and "## flow" in report
+
+
+def test_latents_are_those_of_the_whole_recording(run, music):
+    folder, stages, summary = run
+    latents = LatentFolder.open(folder / "latents")
+    assert latents.labels == ("slow", "fast") and latents.frame_rate == 200.0
+    tracks = latents.load("train") + latents.load("heldout")
+    assert len(tracks) == 6 and len(latents.load("heldout")) == 2
+    assert summary["latents"]["tracks"] == 6
+    autoencoder = load_autoencoder(stages[0].model, folder / "codec")
+    from jaxherd.data.audio.files import read_audio
+
+    track = tracks[0]
+    wave, _ = read_audio(music / f"{track.name}.wav")
+    whole = jax.jit(lambda m, x: m.encode(x))(autoencoder, wave[None])
+    np.testing.assert_allclose(track.mean_FL, whole.mean_BTL[0], atol=1e-3)  # 16-bit samples
+    # Standardised training latents have mean 0 and deviation 1, samples of the posterior included.
+    train = latents.load("train")
+    mean = np.concatenate([t.mean_FL for t in train])
+    noise = np.random.default_rng(0).normal(size=mean.shape)
+    x = latents.standardise(mean + np.concatenate([t.std_FL for t in train]) * noise)
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.02)
+    np.testing.assert_allclose(x.std(axis=0), 1, atol=0.02)
+
+
+def test_the_run_is_a_music_model(run):
+    folder, _, _ = run
+    model = load_music(folder)
+    assert model.labels == ("slow", "fast")
+    made = model.generate("fast", 0.2, SamplingPlan(4, "euler"), jax.random.key(0))
+    assert made.wave_BTC.shape == (1, 400, 1) and np.isfinite(made.wave_BTC).all()
