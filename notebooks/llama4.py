@@ -27,7 +27,6 @@ if importlib.util.find_spec("jaxherd") is None:
     raise SystemExit("Run: !pip install 'jaxherd[demo] @ git+URL-OF-THE-REPOSITORY'")
 
 # %%
-import dataclasses
 import pathlib
 import tempfile
 
@@ -116,19 +115,15 @@ plt.show()
 # (500 steps) does better, and `report.md` in its folder shows the text before and after.
 #
 # ## Generate with what you trained
-# Checkpoints are Orbax; a module is a pytree that any JAX transformation takes.
+# A run's folder is a model source; a module is a pytree that any JAX transformation takes.
 
 # %%
+import jaxherd
 from jaxherd.inference.generate import Generator, Request
 from jaxherd.inference.sampling import Sampling
-from jaxherd.training.stage import load_params
 
-stage = experiment.stages[0]
-program = stage.program(jax.devices("cpu")[:1])
-params = load_params(workdir / "pretrain", program)
-state = dataclasses.replace(program.init(0), params=params)
-tokenizer = stage.data.tokenizer()
-generator = Generator(program.module(state), tokenizer)
+tokenizer = jaxherd.load_tokenizer(workdir)
+generator = Generator(jaxherd.load(workdir), tokenizer)
 prompt = "def "
 request = Request(tuple(tokenizer.encode(prompt, add_bos=True)), 60, Sampling(temperature=0.7))
 print(prompt + (generator.run([request])[0].text or ""))
