@@ -72,7 +72,11 @@ def test_readme_commands_parse(command, monkeypatch):
 
     import functools
 
-    @functools.wraps(module.main)
+    main = getattr(module, "main", None)
+    if main is None:
+        main, arguments = module.VERBS[arguments[0]], arguments[1:]
+
+    @functools.wraps(main)
     def spy(*args, **kwargs):
         called.update(args=args, kwargs=kwargs)
         return 0
