@@ -207,8 +207,9 @@ class Checkpoints:
             if known.get(name) == tuple(leaf.shape)
         }
         wanted = {part: abstract_params} | ({"buffers": unflatten(buffers)} if buffers else {})
-        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             path = str(self._step_folder(step))
             found = ocp.load_checkpointables(path, {"state": wanted})["state"]
         return found[part], found.get("buffers", {})
