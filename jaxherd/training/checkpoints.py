@@ -290,10 +290,13 @@ class Checkpoints:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Drop tracebacks of Orbax's threads from the log: the errors reach us, and are told once."""
-    return record.exc_info is None and not (
-        record.levelno >= logging.ERROR and "orbax" in record.pathname
-    )
+    """Drop tracebacks of Orbax's threads from the log: the errors reach us, and are told once.
+
+    So is what its parts have to say about each other's use of them.
+    """
+    if record.exc_info is not None or "option objects to Context" in str(record.msg):
+        return False
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 def _gather(position: Any) -> list[Any]:
