@@ -1,0 +1,113 @@
+"""A trained music model against what it must beat: Gaussian predictors, noise, shuffled frames.
+
+    python tests/benchmarks/music_controls.py RUN [--clips 60] [--seed 0]
+
+RUN is a folder that `jaxherd run melodyflow/text_to_music` leaves.  Prints one JSON object:
+
+- loss: of the velocity network on held-out latents at five times, without a condition, beside that
+  of the best Gaussian predictor fitted to the training clips: by channel and frame together
+  ("gaussian", full covariance of a clip), and by independent values ("white");
+- frechet: distance of log-mel statistics from real held-out clips through the codec: of generated
+  clips, of other real clips (the floor), of decoded noise, of real latents with frames shuffled.
+"""
+
+import argparse
+import json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+
+    from jaxherd.cli import common
+
+    common.local_devices("cpu")
+    import pathlib
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxherd.data.audio.latents import LatentFolder
+    from jaxherd.methods.flow_matching import gaussian_floor
+    from jaxherd.methods.flow_sampling import SamplingPlan
+    from jaxherd.methods.music_files import load_music
+    from jaxherd.methods.music_metrics import frechet_of, log_mel_embedding
+
+    model = load_music(a.run)
+    latents = LatentFolder.open(pathlib.Path(a.run) / "latents")
+    frames = round(model.clip_seconds * model.frame_rate)
+    chance = np.random.default_rng(a.seed)
+
+    def clips(split: str, count: int) -> np.ndarray:
+        """Clips with their posterior noise, labels in turn."""
+        tracks, found = latents.load(split), []
+        for number in range(count):
+            own = [t for t in tracks if t.label == number % len(latents.labels)]
+            track = own[int(chance.integers(len(own)))]
+            start = int(chance.integers(len(track) - frames + 1))
+            rows = slice(start, start + frames)
+            noise = chance.standard_normal(track.mean_FL[rows].shape)
+            found.append(latents.standardise(track.mean_FL[rows] + track.std_FL[rows] * noise))
+        return np.stack(found).astype(np.float32)
+
+    times = (0.1, 0.3, 0.5, 0.7, 0.9)
+    held, train = clips("heldout", 256), clips("train", 4096)
+    noise = chance.standard_normal(held.shape).astype(np.float32)
+    flat = train.reshape(len(train), -1)
+    centre = flat.mean(axis=0)
+    covariance = np.cov(flat, rowvar=False)
+    # The optimal linear predictor of x1 - x0 from z_t under that covariance, on held-out clips.
+    values, vectors = np.linalg.eigh(covariance)
+    values = np.maximum(values, 1e-6)
+    loss = {}
+    network = jax.jit(lambda z, t: model.velocity(z, t, None))
+    for t in times:
+        z = t * held + (1 - t) * noise
+        v = np.concatenate([
+            np.asarray(network(jnp.asarray(part), jnp.full(len(part), t)))
+            for part in np.split(z, 8)
+        ])  # fmt: skip
+        gain = (t * values - (1 - t)) / (t**2 * values + (1 - t) ** 2)
+        turned = (z.reshape(len(z), -1) - t * centre) @ vectors
+        linear = (turned * gain) @ vectors.T + centre
+        target = (held - noise).reshape(len(held), -1)
+        white = (t - (1 - t)) / (t**2 + (1 - t) ** 2) * z
+        loss[str(t)] = {
+            "network": float(np.square(v - (held - noise)).mean()),
+            "gaussian": float(np.square(linear - target).mean()),
+            "white": float(np.square(white - (held - noise)).mean()),
+            "gaussian_in_training": float(gaussian_floor(covariance, t)),
+        }
+    labels = [model.labels[i % len(model.labels)] for i in range(a.clips)]
+    made = model.generate(
+        labels, model.clip_seconds, SamplingPlan(32, "midpoint", cfg_coef=1.0),
+        jax.random.key(a.seed),
+    ).latents_BFL  # fmt: skip
+    real, other = clips("heldout", a.clips), clips("heldout", a.clips)
+    shuffled = np.stack([clip[chance.permutation(frames)] for clip in other])
+    kinds = {
+        "generated": made,
+        "real": other,
+        "noise": chance.standard_normal(real.shape).astype(np.float32),
+        "shuffled": shuffled,
+    }
+
+    def embedded(rows: np.ndarray) -> np.ndarray:
+        return np.stack([log_mel_embedding(w, model.sample_rate, 12) for w in model.decode(rows)])
+
+    reference = embedded(real)
+    frechet = {name: frechet_of(embedded(rows), reference) for name, rows in kinds.items()}
+    mean = {
+        kind: float(np.mean([row[kind] for row in loss.values()]))
+        for kind in ("network", "gaussian", "white")
+    }
+    report = {"frames": frames, "loss": loss, "mean_loss": mean, "frechet": frechet}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
