@@ -8,7 +8,7 @@ the values here are jaxherd's choices, not Meta's.
 Scales
   cpu   a Scout-shaped model of 7M parameters (1.5M active) on Python's sources and Shakespeare,
         about four minutes on two cores; held-out bits per byte falls below 2.5.
-  gpu   1.7B parameters (0.4B active) on one host of 8 GPUs, C4.
+  gpu   1.9B parameters (0.4B active) on one host of 8 GPUs, C4.
   full  the released size on v5p:4x4x8 (128 chips), 8,192 tokens a chip and step (1.05M a step).
         Disclosed budget: about 40T tokens, 5.0M H100 hours [CARD]; 6 N D = 4.1e24 FLOPs.
 

@@ -80,13 +80,14 @@ def find(name: str) -> Path:
 
 
 def load_file(path: Path) -> types.ModuleType:
-    """Import a recipe; those that come with jaxherd may import their neighbours."""
+    """Import a recipe; it may import the files beside it (`from . import other`)."""
     path = path.resolve()
     root = resources.folder("experiments").resolve()
     if not path.is_relative_to(root):
-        # Two files of the same name are two experiments.
-        digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-        return _execute(path, f"jaxherd_user_{path.stem}_{digest}")
+        # Two files of the same name in two folders are two experiments.
+        package = f"jaxherd_user_{hashlib.sha256(str(path.parent).encode()).hexdigest()[:12]}"
+        _package(package, path.parent)
+        return _execute(path, f"{package}.{path.stem}")
     _package(_PACKAGE, root)
     paper = path.parent.name
     _package(f"{_PACKAGE}.{paper}", path.parent)
