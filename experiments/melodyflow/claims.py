@@ -22,7 +22,12 @@ from jaxherd.data.audio.latents import LatentFolder
 from jaxherd.methods.clip_classifier import train_classifier
 from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
 from jaxherd.methods.codec_training import CodecTrainingConfig
-from jaxherd.methods.flow_measures import path_curvature, relative_error, sampling_error
+from jaxherd.methods.flow_measures import (
+    exact_samples,
+    path_curvature,
+    relative_error,
+    sampling_error,
+)
 from jaxherd.methods.flow_sampling import SamplingPlan, transport
 from jaxherd.methods.latent_inversion import edit, equal_evaluations, inversion, invert
 from jaxherd.methods.music_metrics import chroma_correlation, onset_correlation
@@ -139,9 +144,10 @@ def coupling_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, fl
     batch = clips(flow.latents, "heldout", 16, seed)
     condition, noise = flow.model.condition(batch), noise_like(batch["latents"], 1000 + seed)
     numbers = {"curvature": path_curvature(flow.model, condition, noise)}
+    exact = exact_samples(flow.model, condition, noise)
     for steps in (4, 8, 16):
         plan = SamplingPlan(steps=steps, solver="euler", sway=0.0, cfg_coef=0.0)
-        numbers[f"euler-{steps}"] = sampling_error(flow.model, condition, noise, plan)
+        numbers[f"euler-{steps}"] = sampling_error(flow.model, condition, noise, plan, exact)
     return numbers
 
 
@@ -176,10 +182,13 @@ def solver_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, floa
     flow = trained_flow(folder.parents[1], seed, GROUP, say)
     batch = clips(flow.latents, "heldout", 16, seed)
     condition, noise = flow.model.condition(batch), noise_like(batch["latents"], 1000 + seed)
-    solver = SOLVERS[arm]
+    solver, kept = SOLVERS[arm], folder.parents[1] / SHARED / f"exact-{seed}.npy"
+    if not kept.is_file():  # the same for both arms
+        np.save(kept, np.asarray(exact_samples(flow.model, condition, noise)))
+    exact = jnp.asarray(np.load(kept, allow_pickle=False))
     return {
         f"error-{n}": sampling_error(
-            flow.model, condition, noise, dataclasses.replace(solver, steps=n)
+            flow.model, condition, noise, dataclasses.replace(solver, steps=n), exact
         )
         for n in SOLVER_BUDGETS
     }

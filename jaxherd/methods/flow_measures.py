@@ -21,14 +21,21 @@ def relative_error(found: Float[Array, "B T C"], wanted: Float[Array, "B T C"]) 
     return float(jnp.square(found - wanted).sum() / jnp.square(wanted).sum())
 
 
-def sampling_error(
-    model: Any, condition: Any, noise_BTC: Float[Array, "B T C"], plan: SamplingPlan
-) -> float:
-    """Return the mean squared distance of a plan's samples from those of `REFERENCE`.
+def exact_samples(
+    model: Any, condition: Any, noise_BTC: Float[Array, "B T C"]
+) -> Float[Array, "B T C"]:
+    """Return where `REFERENCE` brings the noise."""
+    return transport(model, condition, noise_BTC, REFERENCE)
 
-    Both start from the same noise, without guidance.
-    """
-    exact_BTC = transport(model, condition, noise_BTC, REFERENCE)
+
+def sampling_error(
+    model: Any,
+    condition: Any,
+    noise_BTC: Float[Array, "B T C"],
+    plan: SamplingPlan,
+    exact_BTC: Float[Array, "B T C"],
+) -> float:
+    """Return the mean squared distance of a plan's samples from `exact_samples` of the same noise."""
     return float(jnp.square(transport(model, condition, noise_BTC, plan) - exact_BTC).mean())
 
 
