@@ -3,6 +3,8 @@
 An objective is a frozen dataclass that maps (model, batch, key) to (mean loss, metrics).  The mean
 is taken over the weight of `metrics["loss"]`; the trainer weighs microbatches with it.  An
 objective may define `update_buffers(buffers, metrics)`, which runs once after each optimiser step.
+A metric called `buffers/<path>` is the new value of that buffer after a training step, for layers
+that learn by averages; it is not reported.
 """
 
 import dataclasses
