@@ -205,7 +205,8 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
             clips,
             batch_size=batch // 8,
             prompts=("calm piano over soft strings", "fast drums and a distorted guitar"),
-            layout=Layout("fsdp"),
+            # 2 GiB of weights on every chip: split, each evaluation would gather them again.
+            layout=Layout("data", fsdp=1, data=-1),
             step=StepConfig(compute_dtype="bfloat16"),
         ),
     )
