@@ -19,7 +19,7 @@ from jaxherd.data.audio.files import read_audio
 from jaxherd.data.cache import cache_root, locked
 from jaxherd.data.sources import resolve
 
-_SUFFIXES = (".wav", ".flac", ".ogg")
+_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 @dataclasses.dataclass(frozen=True)
