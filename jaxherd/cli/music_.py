@@ -155,9 +155,7 @@ def encode(
 
     def pieces() -> Iterator[np.ndarray]:
         nonlocal samples, peak
-        for wave in audio_blocks(
-            source, sample_rate=loaded.sample_rate, channels=loaded.channels
-        ):
+        for wave in audio_blocks(source, sample_rate=loaded.sample_rate, channels=loaded.channels):
             samples, peak = samples + len(wave), max(peak, float(np.abs(wave).max()))
             yield wave[None]
 

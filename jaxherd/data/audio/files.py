@@ -69,24 +69,27 @@ def audio_info(
             f"{os.fspath(path)!r} is {info.seconds:.0f} s long, more than the "
             f"{max_seconds:.0f} s that are read: cut it."
         )
-    if not info.frames:
-        raise JaxherdError(f"{os.fspath(path)!r} holds no sound.")
     if kind == "OGG" and not _ogg_ends(path):
         raise JaxherdError(
             f"{os.fspath(path)!r} is cut off after {info.seconds:.1f} s, without the page that ends "
             "an Ogg stream: fetch it again, or write what is there to a new file."
         )
+    if not info.frames:
+        raise JaxherdError(f"{os.fspath(path)!r} holds no sound.")
     return info
 
 
 def _ogg_ends(path: str | os.PathLike[str]) -> bool:
-    """Return whether the last page is marked as the last; libsndfile is silent about it."""
+    """Return whether the last page is marked as the last, and whole; libsndfile does not say."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - (1 << 17)))  # a page has at most 65,307 bytes
         tail = file.read()
-    last = tail.rfind(b"OggS")
-    return last >= 0 and len(tail) > last + 5 and bool(tail[last + 5] & 4)
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 28 or not page[5] & 4:
+        return False
+    segments = page[26]
+    return len(page) >= 27 + segments + sum(page[27 : 27 + segments])
 
 
 def _undecodable(path: str | os.PathLike[str], error: Exception) -> JaxherdError:
