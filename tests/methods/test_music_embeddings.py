@@ -1,5 +1,6 @@
 """Real statistics under the Frechet formula; real weights that hear which notes are played."""
 
+import re
 import sys
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_windows_are_what_the_network_takes():
     np.testing.assert_array_equal(windows[1][0, :256, 0], first[142 * 256 : 143 * 256])
     windows, frames = embeddings.BasicPitch.windows(wave[:100], RATE)
     assert len(windows) == 1 and frames == 1
+
+
+def test_sizes_are_the_package_s_own():
+    """Its constants are read from the wheel, of which no code is run."""
+    package = resolve("pypi://basic-pitch==0.4.0/basic_pitch")
+    files = [(package / name).read_text() for name in ("constants.py", "inference.py")]
+    found = {k: int(v) for k, v in re.findall(r"^ *(\w+) = (\d+)\b", "\n".join(files), re.M)}
+    assert found["AUDIO_SAMPLE_RATE"] == embeddings.RATE and found["FFT_HOP"] == embeddings.HOP
+    window = found["AUDIO_SAMPLE_RATE"] * found["AUDIO_WINDOW_LENGTH"] - found["FFT_HOP"]
+    assert window == embeddings.WINDOW
+    assert found["n_overlapping_frames"] == 2 * embeddings.MARGIN
 
 
 def test_without_onnxruntime_the_extra_is_named(monkeypatch):

@@ -144,6 +144,15 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
                 read_audio(part)
 
 
+def test_an_mp3_that_is_cut_off_is_told(tmp_path):
+    whole, part = tmp_path / "a.mp3", tmp_path / "part.mp3"
+    soundfile.write(whole, tone(16_000, 5.0), 16_000)
+    assert len(read_audio(whole)[0]) == 80_000
+    part.write_bytes(whole.read_bytes()[: int(0.9 * whole.stat().st_size)])
+    with pytest.raises(JaxherdError, match=r"ends after 4\.\d s of the 5\.0 s"):
+        read_audio(part)
+
+
 def test_silence_is_sound(tmp_path):
     path = write_audio(tmp_path / "a.wav", np.zeros((800, 2), np.float32), 8000)
     found, _ = read_audio(path, sample_rate=4000)
