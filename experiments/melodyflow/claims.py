@@ -398,7 +398,7 @@ def edit_draw(record: Mapping[str, Any], path: Path) -> None:
 
 # --- (d) bottleneck ------------------------------------------------------------------------------
 
-CODEC_ARMS = ("continuous", "quantised")
+CODEC_ARMS, CODEC_STEPS = ("continuous", "quantised"), 600
 
 
 def codec_stage(arm: str) -> TrainStage:
@@ -406,7 +406,7 @@ def codec_stage(arm: str) -> TrainStage:
     stage = recipe.cpu_codec()
     codec, objective = stage.model.autoencoder, stage.objective
     if arm == "quantised":
-        codec = codec_presets.quantised(codec, stages=18, codes=256)
+        codec = codec_presets.averaged(codec, stages=18, codes=256)
     objective = dataclasses.replace(
         objective, weights=dataclasses.replace(objective.weights, kl=3e-3)
     )
@@ -414,7 +414,9 @@ def codec_stage(arm: str) -> TrainStage:
         stage,
         model=CodecTrainingConfig(codec, None),
         objective=objective,
-        run_config=RunConfig(steps=3000, checkpoint_every=500, loggers=("jsonl",), unit="samples"),
+        run_config=RunConfig(
+            steps=CODEC_STEPS, checkpoint_every=500, loggers=("jsonl",), unit="samples"
+        ),
         evaluations=(dataclasses.replace(stage.evaluations[0], objective=objective),),
     )
 
@@ -586,10 +588,11 @@ BOTTLENECK = Claim(
     statement="The continuous bottleneck reconstructs better than a quantised one at an equal rate.",
     paper_figure="ablation of the codec's bottleneck in the paper's table 3; not recovered [rev]",
     protocol="""\
-The recipe's small codec, Gaussian with a KL weight that brings its rate (KL in bits) below that of a
-residual quantiser of 18 stages of 256 codes (144 bits a frame), all else equal, trained for the same
-number of steps; held-out recordings.  Not run yet: in 200 steps the quantised codec had not begun to
-learn the waveform (SNR -0.06 dB against 3.1 dB), which would be no fair comparison.
+The recipe's small codec, Gaussian with a KL weight that brings its rate (KL in bits) below that of
+EnCodec's residual quantiser of 18 stages of 256 codes (144 bits a frame), all else equal, trained for
+600 steps each; held-out recordings.  Tried before on seed 100, and not counted: a quantiser whose
+codes are learnt by gradient (DAC's), which had not begun to learn the waveform in 200 steps (SNR
+-0.06 dB against 3.1 dB); this one, whose codes are moving averages, is at 1.9 dB after 300.
 """,
     metric="held-out SNR in dB and mel distance at the rate in bits a frame",
     baselines=("quantised",),
@@ -602,5 +605,4 @@ learn the waveform (SNR -0.06 dB against 3.1 dB), which would be no fair compari
     settings={arm: codec_stage(arm) for arm in CODEC_ARMS},
 )
 
-# BOTTLENECK joins once it has been run: a claim in the ledger has a record.
-CLAIMS = (INVERSION, EDITS, COUPLING, SOLVERS_CLAIM)
+CLAIMS = (INVERSION, EDITS, COUPLING, SOLVERS_CLAIM, BOTTLENECK)

@@ -8,7 +8,8 @@ music) is not public.  Optimiser, batch size, steps and the codec's ratios and w
 recovered: the values here are audiocraft's and jaxherd's, not the paper's.
 
 Stages: `codec` trains the autoencoder with its discriminator; `latents` encodes every recording;
-`flow` trains the velocity network.
+`flow` trains the velocity network; `samples` draws clips from it with
+64 midpoint evaluations and writes them as sound.
 
 Scales
   cpu   48 kHz stereo, 32 latents at 100 Hz (a small codec at the paper's 25 Hz did not learn the
@@ -22,7 +23,7 @@ Scales
 Commands
   pip install '.[demo,audio]'
   jaxherd run  melodyflow/text_to_music --on cpu
-  jaxherd plan melodyflow/text_to_music --on v5e:8x8 --stage flow
+  jaxherd plan melodyflow/text_to_music --on v5e:8x8 --stage flow      (or --stage samples)
   jaxherd music generate runs/melodyflow-text_to_music-cpu --prompt "orchestral music" --out a.wav
 """
 
@@ -42,6 +43,7 @@ from jaxherd.methods.codec_training import (
     ReconstructionCodec,
 )
 from jaxherd.methods.flow_matching import FlowMatching
+from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models import codec_presets, velocity_transformer
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
@@ -143,7 +145,9 @@ def cpu_flow(coupling_group: int = 64) -> TrainStage:
 
 def _cpu() -> tuple:
     codec = cpu_codec()
-    return codec, EncodeRecordings("latents", codec.model, codec.data), cpu_flow()
+    flow = cpu_flow()
+    samples = SampleMusic("samples", flow.model, flow.data)
+    return codec, EncodeRecordings("latents", codec.model, codec.data), flow, samples
 
 
 def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
@@ -168,6 +172,7 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
     )
     # 24 heads' scores of 752 frames would not fit beside each other: layers are computed again.
     objective = FlowMatching(remat="full")
+    clips = LatentClips(batch_size=batch, coupling_group=batch // 64, frames=752, text_dim=768)
     return (
         codec,
         # Captions are text files beside the recordings; which T5 the paper has was not recovered,
@@ -182,9 +187,7 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
         TrainStage(
             name="flow",
             model=flow,
-            data=LatentClips(
-                batch_size=batch, coupling_group=batch // 64, frames=752, text_dim=768
-            ),
+            data=clips,
             objective=objective,
             # Not recovered from the paper; its sibling JASCO's (melodyflow.md 4).
             optimizer=Optimizer(schedule=Schedule(1e-4, "cosine", 4000), clip=1.0),
@@ -195,6 +198,15 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
             ),
             evaluations=(Evaluation("heldout", objective=objective.evaluation()),),
             reads=("latents",),
+        ),
+        SampleMusic(
+            "samples",
+            flow,
+            clips,
+            batch_size=batch // 8,
+            prompts=("calm piano over soft strings", "fast drums and a distorted guitar"),
+            layout=Layout("fsdp"),
+            step=StepConfig(compute_dtype="bfloat16"),
         ),
     )
 

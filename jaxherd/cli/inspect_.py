@@ -54,7 +54,7 @@ def main(
 
 
 def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
-    if not hasattr(stage, "program"):
+    if not hasattr(stage, "optimizer"):
         return {"name": stage.name}
     model, spec = stage.model, stage.data.batch_spec()
     partitioner = _partitioner(stage, target)

@@ -1,6 +1,5 @@
 """`jaxherd plan`: compile an experiment's step for a slice that is not here."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def plan_stage(experiment: Experiment, stage: Any, target: Any, flags: str | Non
         target=target,
         mesh=mesh,
         flops_per_step=stage.flops_per_step(),
-        tokens_per_step=math.prod(next(iter(stage.data.batch_spec().values())).shape[:2]),
+        tokens_per_step=stage.units_per_step(),
         experiment=f"{experiment.name} ({experiment.scale}, {stage.name})",
         layout_name=stage.layout.name,
         compiler_options=options_for(target, flags),

@@ -67,6 +67,7 @@ class Quantised:
       codes_BTQ: int32.
       loss: weighted commitment and codebook losses, mean over batch, frames and code width.
       perplexity_Q: exp of the entropy of the codes' frequencies in this batch.
+      buffers: the quantiser's buffers after a training step with this batch; none if it has none.
 
     The leaves may also be shapes.
     """
@@ -75,6 +76,7 @@ class Quantised:
     codes_BTQ: Any
     loss: Any
     perplexity_Q: Any
+    buffers: Any = dataclasses.field(default_factory=dict)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -120,6 +120,8 @@ def reconstruct(
         latents_BTL, quantiser_loss = quantised.latents_BTL, quantised.loss
         metrics["bits_per_frame"] = pair(autoencoder.config.bits_per_frame, 1.0)
         metrics["perplexity"] = pair(quantised.perplexity_Q.mean(), 1.0)
+        for name, value in quantised.buffers.items():
+            metrics[f"buffers/autoencoder/quantiser/{name}"] = pair(value, 1.0)
     else:
         latents_BTL = posterior.mean_BTL if key is None else posterior.sample(key)
         metrics["bits_per_frame"] = pair(posterior.bits(), 1.0)

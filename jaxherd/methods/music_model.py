@@ -146,10 +146,15 @@ class MusicModel:
             labels = [-1 if prompt is None else self.label(prompt) for prompt in prompts]
             return self.velocity.condition({"labels": np.asarray(labels, np.int32)})
         if isinstance(given, TextStates):
-            return self.velocity.condition(self._text(prompts, given.dim))
+            return self.velocity.condition(self.text_batch(prompts, given.dim))
         raise JaxherdError("this model was trained without conditions: leave the prompt away.")
 
-    def _text(self, prompts: Sequence[str | None], width: int) -> dict[str, np.ndarray]:
+    def text_batch(self, prompts: Sequence[str | None], width: int) -> dict[str, np.ndarray]:
+        """Return the batch fields of text conditions, one row a prompt; None is an empty text.
+
+        Raises:
+          JaxherdError: no text encoder is known, or its states have another width.
+        """
         if self.text_encoder is None:
             raise JaxherdError(
                 "the model's conditions are text and it names no text encoder: give "

@@ -1,5 +1,6 @@
 """Autoencoders by name, all from one dataclass."""
 
+from jaxherd.layers.averaged_quantiser import AveragedQuantiserConfig
 from jaxherd.layers.vector_quantiser import QuantiserConfig
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 
@@ -25,6 +26,16 @@ def quantised(
 ) -> AudioAutoencoderConfig:
     """Return the same networks with a residual quantiser of stages log2(codes) bits a frame."""
     quantiser = QuantiserConfig(config.seanet.dimension, stages, codes, code_dim)
+    return AudioAutoencoderConfig(
+        config.seanet, config.sample_rate, bottleneck="rvq", quantiser=quantiser
+    )
+
+
+def averaged(
+    config: AudioAutoencoderConfig, *, stages: int, codes: int = 1024
+) -> AudioAutoencoderConfig:
+    """Return the same networks with EnCodec's residual quantiser of stages log2(codes) bits."""
+    quantiser = AveragedQuantiserConfig(config.seanet.dimension, stages, codes)
     return AudioAutoencoderConfig(
         config.seanet, config.sample_rate, bottleneck="rvq", quantiser=quantiser
     )

@@ -22,10 +22,11 @@ from jaxtyping import Array, Float
 
 from jaxherd.core.modules import Module, ModuleList, buffer, parameter
 from jaxherd.core.sharding import shard
+from jaxherd.layers.averaged_quantiser import AveragedQuantiserConfig
 from jaxherd.layers.conv import ConvConfig, Norm, PadMode, TransposedConvConfig
 from jaxherd.layers.lstm import Lstm, LstmConfig, LstmState
 from jaxherd.layers.snake import Snake
-from jaxherd.layers.vector_quantiser import Quantised, QuantiserConfig, ResidualQuantiser
+from jaxherd.layers.vector_quantiser import Quantised, QuantiserConfig
 
 ActivationName = Literal["snake", "elu", "tanh"]
 
@@ -295,7 +296,7 @@ class AudioAutoencoderConfig:
     seanet: SeanetConfig = SeanetConfig()
     sample_rate: int = 48_000
     bottleneck: Literal["gaussian", "rvq"] = "gaussian"
-    quantiser: QuantiserConfig | None = None
+    quantiser: QuantiserConfig | AveragedQuantiserConfig | None = None
     min_std: float = 1e-4
     initial_std: float | None = None
 
@@ -399,7 +400,7 @@ class AudioAutoencoder(Module):
             last.bias = parameter(started, last.bias.get_metadata("axes"))
         self.decoder = Seanet(config.decoder_layers(), key=d)
         quantiser = config.quantiser
-        self.quantiser: ResidualQuantiser | None = None if quantiser is None else quantiser.build(q)
+        self.quantiser = None if quantiser is None else quantiser.build(q)
         self.latent_mean = buffer(jnp.zeros(width), ("norm",))
         self.latent_std = buffer(jnp.ones(width), ("norm",))
         # Batches that the two running statistics have seen, with the decay of their average.

@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, D width, V vocabulary, n chunks.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ def chunked_cross_entropy(
     vocab_size: int,
     z_loss: float = 0.0,
     chunk_bytes: int = CHUNK_BYTES,
+    head_axes: Any = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Return (sum of weighted loss, sum of weighted -log p, sum of weights).
 
@@ -67,8 +69,8 @@ def chunked_cross_entropy(
 
     Logits are formed for a part of the positions at a time and formed again for the gradient, so
     that [B, T, V] never exists; where one chunk is enough they are kept.  On a mesh every device
-    goes through its own positions with the head gathered once, and its gradient is summed in
-    float32 over the chunks before it crosses the links once.
+    goes through its own positions with the head gathered once; its gradient is summed in float32
+    over the chunks and scattered once, each device receiving its own part of the sum.
 
     Args:
       score: maps (head, hidden states) to float32 logits.
@@ -77,10 +79,14 @@ def chunked_cross_entropy(
       vocab_size: V, to size the chunks.
       z_loss: weight of the squared log-normaliser.
       chunk_bytes: most bytes of logits on one device.
+      head_axes: logical axes of the head's arrays, a tree of tuples; None takes them as whole on
+        every device.
     """
 
-    def local(head, hidden, targets, weights):
-        return _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights)
+    def local(head, hidden, targets, weights, parts=_WHOLE):
+        return _chunked(
+            score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights
+        )
 
     partitioner = sharding.active()
     alone = partitioner is None or partitioner.mesh.size == 1
@@ -96,29 +102,66 @@ def chunked_cross_entropy(
     rows = partitioner.spec(("batch", "length"))
     axes = partitioner.mesh_axes("batch") + partitioner.mesh_axes("length")
 
-    def on_device(head, hidden, targets, weights):
-        return jax.lax.psum(local(head, hidden, targets, weights), axes)
-
     whole = jax.sharding.PartitionSpec()
+    leaves, tree = jax.tree.flatten(head)
+    specs = [whole] * len(leaves)
+    if head_axes is not None:
+        specs = [partitioner.spec(names) for names in tree.flatten_up_to(head_axes)]
+    parts = _Parts(tuple(specs))
+
+    def on_device(head, hidden, targets, weights):
+        return jax.lax.psum(local(head, hidden, targets, weights, parts), axes)
+
     sums = jax.shard_map(
         on_device,
         mesh=partitioner.mesh,
-        in_specs=(whole, partitioner.spec(("batch", "length", None)), rows, rows),
+        in_specs=(tree.unflatten(specs), partitioner.spec(("batch", "length", None)), rows, rows),
         out_specs=whole,
         check_vma=False,
     )(head, hidden_BTD, targets_BT, weights_BT)
     return tuple(sums)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights):
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How the leaves of a tree are split over the mesh, inside `shard_map`."""
+
+    specs: tuple[jax.sharding.PartitionSpec, ...] = ()
+
+    def gather(self, tree: Any) -> Any:
+        """Return the tree of whole arrays."""
+        return self._each(lambda x, axes, d: jax.lax.all_gather(x, axes, axis=d, tiled=True), tree)
+
+    def scatter(self, tree: Any) -> Any:
+        """Return this device's parts of the trees' sum over the devices that share them."""
+        return self._each(
+            lambda x, axes, d: jax.lax.psum_scatter(x, axes, scatter_dimension=d, tiled=True), tree
+        )
+
+    def _each(self, move: Callable, tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        moved = []
+        for leaf, spec in zip(leaves, self.specs or [()] * len(leaves)):
+            for dimension, axes in enumerate(spec):
+                if axes:
+                    leaf = move(leaf, axes, dimension)
+            moved.append(leaf)
+        return structure.unflatten(moved)
+
+
+_WHOLE = _Parts()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _chunked(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights):
     """Return [loss, -log p, weight] summed over all positions given."""
-    parts = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+    chunks = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+    head = parts.gather(head)
 
     def body(total, chunk):
         return total + _sums(score, z_loss, head, *chunk), None
 
-    return jax.lax.scan(body, jnp.zeros(3), parts)[0]
+    return jax.lax.scan(body, jnp.zeros(3), chunks)[0]
 
 
 def _sums(score, z_loss, head, hidden, targets, weights):
@@ -136,23 +179,25 @@ def _strided(vocab_size, chunk_bytes, *arrays):
     )
 
 
-def _chunked_forward(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights):
+def _chunked_forward(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights):
     batch, length = targets.shape
+    head = parts.gather(head)
     if _chunks(batch * length * vocab_size * 4, length, chunk_bytes) == 1:
         # Everything fits: keep what the gradient needs instead of forming logits again.
         sums, pull = jax.vjp(
             lambda o, h: _sums(score, z_loss, o, h, targets, weights), head, hidden
         )
         return sums, pull
-    sums = _chunked(score, z_loss, vocab_size, chunk_bytes, head, hidden, targets, weights)
+    sums = _chunked(score, z_loss, vocab_size, chunk_bytes, _WHOLE, head, hidden, targets, weights)
     return sums, (head, hidden, targets, weights)
 
 
-def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, saved, d_sums):
+def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_sums):
     if callable(saved):
-        return (*saved(d_sums), None, None)
+        d_head, d_hidden = saved(d_sums)
+        return parts.scatter(d_head), d_hidden, None, None
     head, hidden, targets, weights = saved
-    parts = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+    chunks = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
 
     def body(total, chunk):
         part, *rest = chunk
@@ -161,8 +206,8 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, saved, d_sums):
         return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, d_head), d_part
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    total, d_parts = jax.lax.scan(body, start, parts)
-    d_head = jax.tree.map(lambda t, x: t.astype(x.dtype), total, head)
+    total, d_parts = jax.lax.scan(body, start, chunks)
+    d_head = jax.tree.map(lambda t, x: t.astype(x.dtype), parts.scatter(total), head)
     return d_head, jnp.moveaxis(d_parts, 0, 2).reshape(hidden.shape), None, None
 
 

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxherd.core.modules import Tree, flatten, unflatten
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
+_BUFFERS = "buffers/"
 
 
 def pair(total: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
@@ -18,6 +21,20 @@ def pair(total: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
 def add(a: Metrics, b: Metrics) -> Metrics:
     """Return the metrics of two disjoint batches taken together."""
     return jax.tree.map(jnp.add, a, b)
+
+
+def taken(buffers: Tree, metrics: Metrics) -> tuple[Tree, Metrics]:
+    """Return the buffers with the values of the metrics called `buffers/<path>`, and the others.
+
+    Values are sum / weight, so that microbatches are averaged.
+    """
+    new = {k.removeprefix(_BUFFERS): v for k, v in metrics.items() if k.startswith(_BUFFERS)}
+    if not new:
+        return buffers, metrics
+    flat = flatten(buffers)
+    for path, (total, weight) in new.items():
+        flat[path] = (total / weight).astype(flat[path].dtype)
+    return unflatten(flat), {k: v for k, v in metrics.items() if not k.startswith(_BUFFERS)}
 
 
 def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:

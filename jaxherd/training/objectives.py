@@ -3,6 +3,8 @@
 An objective is a frozen dataclass that maps (model, batch, key) to (mean loss, metrics).  The mean
 is taken over the weight of `metrics["loss"]`; the trainer weighs microbatches with it.  An
 objective may define `update_buffers(buffers, metrics)`, which runs once after each optimiser step.
+A metric called `buffers/<path>` is the new value of that buffer after a training step, for layers
+that learn by averages; it is not reported.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.core.modules import Tree, flatten, unflatten
+from jaxherd.core.modules import Tree, flatten, split, unflatten
 from jaxherd.training import balance
 from jaxherd.training.losses import chunked_cross_entropy
 from jaxherd.training.metrics import Metrics, pair
@@ -62,15 +64,17 @@ class NextToken:
             remat=self.remat,
         )
         score, head = model.head()
+        definition, head, _ = split(head)
         weights = batch["loss_weights"]
         loss_sum, nll_sum, weight = chunked_cross_entropy(
-            score,
+            lambda arrays, hidden: score(definition.merge(arrays), hidden),
             head,
             output.hidden_BTD,
             batch["targets"],
             weights,
             vocab_size=model.config.vocab_size,
             z_loss=self.z_loss,
+            head_axes=definition.axes()[0],
         )
         loss = loss_sum / jnp.maximum(weight, 1.0)
         target_bytes = (batch["target_bytes"] * (weights > 0)).sum()

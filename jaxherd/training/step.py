@@ -283,6 +283,7 @@ class Program:
             buffers = state.buffers
             if hasattr(self.objective, "update_buffers"):
                 buffers = self.objective.update_buffers(buffers, sums)
+            buffers, sums = metrics_lib.taken(buffers, sums)
 
             def choose(new, old):
                 return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
@@ -375,7 +376,10 @@ class Program:
             def run(state, batch, frozen):
                 with self.partitioner.activate():
                     key = jax.random.wrap_key_data(state.key)
-                    return self._loss(_used(state), state.buffers, batch, key, frozen, objective)[1]
+                    found = self._loss(_used(state), state.buffers, batch, key, frozen, objective)[
+                        1
+                    ]
+                    return metrics_lib.taken(state.buffers, found)[1]
 
             self._evaluations[objective] = jax.jit(
                 run,

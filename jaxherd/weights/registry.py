@@ -11,6 +11,7 @@ from typing import Any
 from jaxherd.core.config_io import from_dict, to_dict
 from jaxherd.core.errors import JaxherdError
 from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
+from jaxherd.layers.averaged_quantiser import AveragedQuantiserConfig
 from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
@@ -38,6 +39,7 @@ CONFIG_CLASSES: list[type] = [
     LayerConfig,
     MoeConfig,
     QuantiserConfig,
+    AveragedQuantiserConfig,
     RopeConfig,
     RopeScaling,
     SeanetConfig,

@@ -1,12 +1,15 @@
 """Codec, latents and flow as stages of one experiment, on recordings made here, and its use."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from jaxherd.core.experiment import Experiment
+from jaxherd.core.errors import JaxherdError
+from jaxherd.core.experiment import Experiment, StageContext
+from jaxherd.core.layouts import Layout
 from jaxherd.core.runner import run_experiment
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
@@ -18,10 +21,11 @@ from jaxherd.methods.codec_training import CodecTrainingConfig, ReconstructionCo
 from jaxherd.methods.flow_matching import FlowMatching
 from jaxherd.methods.flow_sampling import SamplingPlan
 from jaxherd.methods.music_files import load_music
+from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
 from jaxherd.training.optimizers import Optimizer, Schedule
-from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage
+from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage, load_model
 
 RATE, WIDTH = 2000, 4
 
@@ -57,17 +61,17 @@ def run(music, tmp_path_factory):
         evaluations=(Evaluation("heldout"),),
     )
     flow = FlowMatching()
+    velocity = VelocityTransformerConfig(16, 2, 2, latent_dim=WIDTH, conditioner=LabelEmbedding(2))
+    clips = LatentClips(
+        latent_dim=WIDTH, frames=16, batch_size=8, coupling_group=8, eval_batch_size=4
+    )
     stages = (
         codec,
         EncodeRecordings("latents", codec.model, codec.data, frames_per_chunk=64),
         TrainStage(
             name="flow",
-            model=VelocityTransformerConfig(
-                16, 2, 2, latent_dim=WIDTH, conditioner=LabelEmbedding(2)
-            ),
-            data=LatentClips(
-                latent_dim=WIDTH, frames=16, batch_size=8, coupling_group=8, eval_batch_size=4
-            ),
+            model=velocity,
+            data=clips,
             objective=flow,
             optimizer=optimizer,
             step=StepConfig(average_decay=0.5),
@@ -75,6 +79,7 @@ def run(music, tmp_path_factory):
             evaluations=(Evaluation("heldout", objective=flow.evaluation((0.3, 0.7))),),
             reads=("latents",),
         ),
+        SampleMusic("samples", velocity, clips, 4, SamplingPlan(4), keep=2),
     )
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +94,7 @@ def run(music, tmp_path_factory):
 
 def test_all_stages_ran_on_batches_that_are_no_tokens(run):
     folder, _, summary = run
-    assert list(summary) == ["codec", "latents", "flow"]
+    assert list(summary) == ["codec", "latents", "flow", "samples"]
     for name in ("codec", "flow"):
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
@@ -129,3 +134,51 @@ def test_the_run_is_a_music_model(run):
     assert model.labels == ("slow", "fast")
     made = model.generate("fast", 0.2, SamplingPlan(4, "euler"), jax.random.key(0))
     assert made.wave_BTC.shape == (1, 400, 1) and np.isfinite(made.wave_BTC).all()
+
+
+def test_samples_are_written_as_sound(run):
+    folder, stages, summary = run
+    assert summary["samples"]["evaluations"] == 8 and summary["samples"]["clips"] == 4
+    sounds = sorted(path.name for path in (folder / "samples").glob("*.wav"))
+    assert sounds == ["0-slow.wav", "1-fast.wav"]
+    from jaxherd.data.audio.files import read_audio
+
+    wave, rate = read_audio(folder / "samples" / "1-fast.wav")
+    assert wave.shape == (160, 1) and rate == RATE and np.abs(wave).max() > 0
+    assert (folder / "samples" / "1-fast.png").stat().st_size > 1000
+    assert "(samples/0-slow.png)" in (folder / "report.md").read_text()
+    model = stages[2].model
+    assert stages[3].flops_per_step() == model.forward_flops(4 * 8, 16, 1)
+
+
+def test_a_mesh_samples_what_one_device_does(run, devices):
+    """Same noise and conditions, weights split over eight devices."""
+    folder, stages, _ = run
+    found = []
+    for count in (1, 8):
+        stage = dataclasses.replace(stages[3], batch_size=8, layout=Layout("fsdp"))
+        program = stage.program(devices[:count])
+        batch = {
+            "noise": np.random.default_rng(0).normal(size=(8, 16, WIDTH)).astype("f4"),
+            "labels": np.arange(8, dtype=np.int32) % 2,
+        }
+        parts = list(load_model(folder / "flow", *program.parts))
+        found.append(np.asarray(program.step(parts, batch)))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_must_be_labels_of_the_model(run):
+    folder, stages, _ = run
+    text = dataclasses.replace(
+        stages[3], clips=LatentClips(latent_dim=WIDTH, frames=16, text_dim=8)
+    )
+    assert set(text.batch_spec()) == {"noise", "text_states", "text_mask"}
+    with pytest.raises(JaxherdError, match="is none of the model's labels"):
+        context = StageContext(
+            folder / "other",
+            {n: folder / n for n in text.reads},
+            "cpu",
+            tuple(jax.devices()[:1]),
+            0,
+        )
+        dataclasses.replace(stages[3], prompts=("polka",)).run(context)

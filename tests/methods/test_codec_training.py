@@ -19,9 +19,10 @@ from jaxherd.methods.codec_training import (
     ReconstructionCodec,
     reconstruct,
 )
-from jaxherd.models.codec_presets import quantised
+from jaxherd.models.codec_presets import averaged, quantised
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig, Verdict
+from jaxherd.training import metrics as metrics_lib
 
 CODEC = AudioAutoencoderConfig(SeanetConfig(2, 4, 4, ratios=(4, 2), lstm=1), 8000)
 CRITIC = StftDiscriminatorConfig(n_ffts=(64, 32), filters=4)
@@ -264,7 +265,8 @@ def train(config, objective, steps: int) -> list[dict]:
             mine = optax.apply_updates(mine, updates)
             params = mine if phase is None else phase.put(mine, rest)
             found |= metrics
-        return params, objective.update_buffers(buffers, found), states, found
+        buffers, found = metrics_lib.taken(objective.update_buffers(buffers, found), found)
+        return params, buffers, states, found
 
     history = []
     for number in range(steps):
@@ -275,14 +277,18 @@ def train(config, objective, steps: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gaussian", "adversarial", pytest.param("rvq", marks=pytest.mark.slow)]
+    "kind", ["gaussian", "adversarial", "averaged", pytest.param("rvq", marks=pytest.mark.slow)]
 )
 def test_a_few_steps_learn_something(kind):
     if kind == "adversarial":
         weights = losses.LossWeights(adversarial=0.5, feature=0.5)
         config, objective = CodecTrainingConfig(CODEC, CRITIC), AdversarialCodec(weights, MEL)
     else:
-        codec = CODEC if kind == "gaussian" else quantised(CODEC, stages=2, codes=8, code_dim=2)
+        codec = {
+            "gaussian": lambda: CODEC,
+            "rvq": lambda: quantised(CODEC, stages=2, codes=8, code_dim=2),
+            "averaged": lambda: averaged(CODEC, stages=2, codes=8),
+        }[kind]()
         config, objective = CodecTrainingConfig(codec, None), ReconstructionCodec(mel=MEL)
     # The gradient of an untrained discriminator leads nowhere: a pair needs more steps.
     history = train(config, objective, 40 if kind == "adversarial" else 20)
@@ -290,7 +296,7 @@ def test_a_few_steps_learn_something(kind):
     assert history[-1]["mel"] < 0.9 * history[0]["mel"]
     if kind == "adversarial":
         assert history[-1]["discriminator/real"] > history[-1]["discriminator/fake"] + 0.1
-    if kind == "rvq":
+    if kind in ("rvq", "averaged"):
         assert history[-1]["bits_per_frame"] == 6
     evaluation = dataclasses.replace(objective, sample=False)
     assert objective.sample and not evaluation.sample

@@ -10,7 +10,7 @@ import pytest
 
 from jaxherd.core.modules import abstract, cast_floating, count_params, split
 from jaxherd.layers.vector_quantiser import QuantiserConfig
-from jaxherd.models.codec_presets import melodyflow_codec, quantised
+from jaxherd.models.codec_presets import averaged, melodyflow_codec, quantised
 from jaxherd.models.seanet import AudioAutoencoderConfig, Posterior, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig
 
@@ -26,6 +26,7 @@ def variants():
     ):
         yield AudioAutoencoderConfig(dataclasses.replace(SMALL, **change), 8000)
     yield quantised(AudioAutoencoderConfig(SMALL, 8000), stages=3, codes=16, code_dim=2)
+    yield averaged(AudioAutoencoderConfig(SMALL, 8000), stages=3, codes=16)
 
 
 @pytest.mark.parametrize("config", variants())
