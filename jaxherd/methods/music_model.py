@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jaxherd.methods.codec_latents import TextEncoder
 from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
+from jaxherd.methods.told_network import Report, told
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import decode_chunks, encode_chunks
 from jaxherd.models.velocity_transformer import (
@@ -34,8 +34,6 @@ from jaxherd.models.velocity_transformer import (
     VelocityTransformer,
 )
 
-# Called with what is being done, how much of it is done, and how much there is.
-Report = Callable[[str, int, int], None]
 Prompts = str | None | Sequence[str | None]
 
 FRAMES_PER_CHUNK = 250
@@ -192,11 +190,6 @@ class MusicModel:
             numbers.
         """
         wave_BTC = np.asarray(wave_BTC, np.float32)
-        if wave_BTC.shape[2] != self.channels or not wave_BTC.shape[1]:
-            raise JaxherdError(
-                f"a wave of {wave_BTC.shape[1]} samples and {wave_BTC.shape[2]} channels; the "
-                f"codec wants some samples and {self.channels} channels."
-            )
         config = self.autoencoder.config
         frames, length = config.frames(wave_BTC.shape[1]), FRAMES_PER_CHUNK * config.seanet.hop
         pieces = (wave_BTC[:, i : i + length] for i in range(0, wave_BTC.shape[1], length))
@@ -321,7 +314,7 @@ class MusicModel:
         samples = max(1, round(seconds * self.sample_rate))
         frames = self.autoencoder.frames(samples)
         noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
-        network = _told(self.velocity, report, "generating", plan.steps)
+        network = told(self.velocity, report, "generating", plan.steps)
         latents_BFL = np.asarray(transport(network, condition, noise, plan))
         wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
         return Music(wave_BTC, latents_BFL, evaluations(plan), float(latents_BFL.std()))
@@ -363,7 +356,7 @@ class MusicModel:
         source_BFL = self.encode(wave_BTC, key=posterior_key if sample else None, report=report)
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
-            network = _told(self.velocity, report, "editing", _calls(plan))
+            network = told(self.velocity, report, "editing", _calls(plan))
             edited = edit_latents(
                 network, jnp.asarray(source_BFL), before, after, plan, edit_key, cfg_coef=cfg_coef
             )
@@ -388,33 +381,3 @@ def _calls(plan: Inversion) -> int:
     """Return how often an edit calls the network; references and guidance share a call."""
     each = {"implicit": plan.iterations, "backward_euler": 1, "noise": 0}[plan.scheme]
     return plan.steps * (each + 1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Told:
-    """A network that says when it is called.  A program with it is compiled for every run."""
-
-    model: Any
-    tell: Callable[[], None] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    def __call__(self, z, t, condition=None):
-        jax.debug.callback(self.tell)
-        return self.model(z, t, condition)
-
-
-def _told(model: Any, report: Report | None, what: str, total: int) -> Any:
-    if report is None:
-        return model
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        report(what, done, total)
-
-    return _Told(model, tell)
