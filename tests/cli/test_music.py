@@ -1,16 +1,19 @@
 """`jaxherd music`: sound in, sound out, and what is told before anything is computed."""
 
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
 import tiny_music
 
 from jaxherd.cli.main import main
-from jaxherd.data.audio.files import read_audio, write_audio
+from jaxherd.data.audio.files import read_audio, resample, write_audio
+from jaxherd.methods import music_model
 from jaxherd.methods.music_files import save_music
 
 
@@ -55,6 +58,108 @@ def test_encode_and_decode_are_the_codec(model, song, tmp_path):
     wave = read_audio(song)[0]
     wanted = np.clip(loaded.decode(loaded.encode(wave[None]))[0, : len(wave)], -1, 1)
     np.testing.assert_allclose(read_audio(out)[0], wanted, atol=1e-4)
+
+
+def heard(model, verb, source, tmp_path, *more):
+    """Run a verb that reads a recording; return what it wrote, [T, C] or latents."""
+    out = tmp_path / ("out.npz" if verb == "encode" else "out.wav")
+    assert main(["music", verb, model, str(source), "--out", str(out), *more]) == 0
+    return np.load(out)["latents"] if verb == "encode" else read_audio(out)[0]
+
+
+EDIT = ("--prompt", "heavy metal", "--steps", "2", "--method", "sdedit")
+
+
+def test_mono_and_other_rates_are_converted_with_a_note(model, tmp_path, capsys):
+    wave = tiny_music.tone(0.05)[0]
+    both = heard(model, "encode", write_audio(tmp_path / "a.wav", wave, tiny_music.RATE), tmp_path)
+    assert "note" not in capsys.readouterr().out
+    mono = write_audio(tmp_path / "mono.wav", wave[:, :1], tiny_music.RATE)
+    np.testing.assert_array_equal(heard(model, "encode", mono, tmp_path), both)
+    assert "note: mono.wav has 1 channel(s), made 2." in capsys.readouterr().out
+    high = write_audio(tmp_path / "high.wav", resample(wave, tiny_music.RATE, 48_000), 48_000)
+    for verb, more in (("encode", ()), ("edit", EDIT)):
+        found = heard(model, verb, high, tmp_path, *more)
+        assert (
+            "high.wav is at 48000 Hz, resampled to the model's 8000 Hz" in capsys.readouterr().out
+        )
+        assert len(found) == (len(both) if verb == "encode" else len(wave))
+    np.testing.assert_allclose(heard(model, "encode", high, tmp_path)[5:-5], both[5:-5], atol=0.05)
+
+
+@pytest.mark.parametrize("verb, more", [("encode", ()), ("edit", EDIT)])
+def test_silence_is_told_and_gives_numbers(model, tmp_path, capsys, verb, more):
+    path = write_audio(tmp_path / "hush.wav", np.zeros((400, 2), np.float32), tiny_music.RATE)
+    assert np.isfinite(heard(model, verb, path, tmp_path, *more)).all()
+    assert "note: hush.wav is silent throughout." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb, more", [("encode", ()), ("edit", EDIT)])
+def test_bad_recordings_are_one_sentence(model, tmp_path, capsys, verb, more):
+    wrong = tmp_path / "nan.wav"
+    soundfile.write(wrong, np.full((400, 2), np.nan, np.float32), tiny_music.RATE, subtype="FLOAT")
+    whole = write_audio(tmp_path / "whole.ogg", tiny_music.tone(4.0)[0], tiny_music.RATE)
+    cut = tmp_path / "cut.ogg"
+    cut.write_bytes(whole.read_bytes()[: int(0.9 * whole.stat().st_size)])
+    out = tmp_path / ("x.npz" if verb == "encode" else "x.wav")
+    for path, told in ((wrong, "values that are no numbers"), (cut, "is cut off after")):
+        assert main(["music", verb, model, str(path), "--out", str(out), *more]) == 2
+        error = capsys.readouterr().err.strip()
+        assert told in error and len(error.splitlines()) == 1, error
+        assert not out.exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_long_recordings_are_encoded_in_pieces_and_not_edited(tmp_path, capsys, monkeypatch):
+    """An edit refuses it by the header alone; encoding holds two pieces and the latents (hours: test_files.py)."""
+    monkeypatch.setattr(music_model, "FRAMES_PER_CHUNK", 25)
+    small = tiny_music.SLOW
+    folder = str(save_music(tiny_music.music_model(codec=small), tmp_path / "model"))
+    path, minutes = tmp_path / "long.flac", 11
+    with soundfile.SoundFile(path, "w", tiny_music.RATE, 1) as file:
+        for minute in range(minutes):
+            file.write(np.full(60 * tiny_music.RATE, 0.3 * (minute % 2), np.float32))
+    out = tmp_path / "x.wav"
+    assert main(["music", "edit", folder, str(path), "--out", str(out), *EDIT]) == 2
+    assert "660 s long, more than the 600 s" in capsys.readouterr().err
+    tracemalloc.start()
+    try:
+        latents = heard(folder, "encode", path, tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    samples = minutes * 60 * tiny_music.RATE
+    assert latents.shape == (samples // 4000, 4)
+    assert peak < samples * 2 * 4 / 2, "less than half of the whole wave"
+    # Minute by minute the latents are those of silence and of something else.
+    rows = latents.reshape(minutes, -1, 4)[:, 10:-10]
+    assert np.abs(rows[2] - rows[4]).max() < 1e-4 < 1e-3 < np.abs(rows[2] - rows[3]).max()
+
+
+def test_an_empty_prompt_is_no_condition(model, song, tmp_path, capsys):
+    def make(name, *more):
+        line = ["music", "generate", model, "--out", str(tmp_path / name), "--seconds", "0.05"]
+        assert main([*line, "--steps", "4", *more]) == 0
+        return read_audio(tmp_path / name)[0]
+
+    np.testing.assert_array_equal(make("a.wav", "--prompt", " "), make("b.wav"))
+    told = capsys.readouterr().out
+    assert told.count("the prompt is empty") == 1 and told.count("evaluations: 4;") == 2
+    edited = heard(model, "edit", song, tmp_path, "--prompt", "", *EDIT[2:])
+    assert np.isfinite(edited).all() and "the prompt is empty" in capsys.readouterr().out
+
+
+def test_more_than_the_model_was_trained_on_is_noted(model, tmp_path, capsys):
+    line = ["music", "generate", model, "--out", str(tmp_path / "a.wav"), "--steps", "2"]
+    assert main([*line, "--seconds", "0.05"]) == 0
+    assert "note" not in capsys.readouterr().out
+    assert main([*line, "--seconds", "0.2"]) == 0
+    assert "0.20 s is more than the 0.05 s of the clips" in capsys.readouterr().out
+    assert len(read_audio(tmp_path / "a.wav")[0]) == 0.2 * tiny_music.RATE
+    assert main([*line, "--seconds", "601"]) == 2
+    assert "up to 600 s" in capsys.readouterr().err
+    song = write_audio(tmp_path / "long.wav", tiny_music.tone(0.2)[0], tiny_music.RATE)
+    heard(model, "edit", song, tmp_path, *EDIT)
+    assert "0.20 s is more than the 0.05 s of the clips" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

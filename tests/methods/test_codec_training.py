@@ -99,6 +99,10 @@ def test_losses_are_their_definitions():
     wave = sines()
     np.testing.assert_allclose(losses.snr_db(0.9 * wave, wave), 20.0, rtol=1e-3)
     np.testing.assert_allclose(losses.waveform_l1(wave + 0.25, wave), 0.25, rtol=1e-5)
+    silence = jnp.zeros_like(wave)  # a finite loss and gradient, at the floor of 1e-4
+    loss, slope = jax.value_and_grad(losses.waveform_relative)(silence + 0.01, silence)
+    np.testing.assert_allclose(loss, 1.0, rtol=1e-5)
+    assert np.isfinite(slope).all()
 
 
 def test_multi_scale_mel_is_its_definition_and_sees_the_side_signal():

@@ -39,7 +39,8 @@ def test_a_prompt_is_a_label_or_words_of_one(model):
         with pytest.raises(JaxherdError, match="none of the model's labels") as caught:
             model.label(wrong)
         assert all(label in str(caught.value) for label in LABELS)
-    assert model.condition(None) is None and model.condition([None, None]) is None
+    for nothing in (None, [None, None], "", [" ", None]):
+        assert model.condition(nothing) is None
     mixed = model.condition(["heavy metal", None])
     assert mixed.mask_BL.tolist() == [[True], [False]]
     table = np.asarray(model.velocity.label_table.table)
@@ -89,6 +90,13 @@ def test_long_waves_go_in_pieces(model, monkeypatch):
         model.decode(pieces, report=lambda *r: told.append(r)), wave, atol=1e-5
     )
     assert told[0] == ("encoding", 100, 300) and told[-1] == ("decoding", 300, 300)
+
+
+def test_silence_is_encoded_generated_and_edited(model):
+    wave = np.zeros((1, 400, 2), np.float32)
+    assert np.isfinite(model.decode(model.encode(wave))).all()
+    edited = model.edit(wave, "heavy metal", inversion("regularized", steps=2), KEY)
+    assert np.isfinite(edited.wave_BTC).all() and np.isfinite(edited.inverted_std)
 
 
 def test_an_edit_of_no_strength_is_the_source_through_the_codec(model):
@@ -184,6 +192,12 @@ def test_what_cannot_be_is_told(model, tmp_path):
         model.generate(None, 1.0, dataclasses.replace(PLAN, target=0.5), KEY)
     with pytest.raises(JaxherdError, match="1 channels"):
         model.encode(tiny_music.tone(channels=1))
+    with pytest.raises(JaxherdError, match="wave holds values that are no finite numbers"):
+        model.encode(np.where(np.arange(800)[:, None] == 700, np.nan, tiny_music.tone(0.1)))
+    with pytest.raises(JaxherdError, match="no sound to encode"):
+        model.encode_pieces(iter(()))
+    with pytest.raises(JaxherdError, match="1 channels; the codec wants 2"):
+        model.encode_pieces([tiny_music.tone(channels=1)])
     with pytest.raises(JaxherdError, match="no finite numbers"):
         model.decode(np.full((1, 3, 4), np.nan, np.float32))
     plain = jax.jit(dataclasses.replace(tiny_music.FLOW, conditioner=None).build)(KEY)

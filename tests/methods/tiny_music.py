@@ -20,20 +20,24 @@ LABELS = ("calm electronic music", "orchestral music", "heavy metal")
 CODEC = CodecTrainingConfig(
     AudioAutoencoderConfig(SeanetConfig(2, 4, 4, ratios=(4, 2), lstm=1), RATE), None
 )
+# Two frames a second: hours of sound are soon encoded.
+SLOW = CodecTrainingConfig(
+    AudioAutoencoderConfig(SeanetConfig(2, 4, 2, ratios=(40, 100), lstm=0), RATE), None
+)
 FLOW = VelocityTransformerConfig(16, 3, 2, latent_dim=4, conditioner=LabelEmbedding(len(LABELS)))
 MEAN, STD = np.linspace(-1, 1, 4, dtype="f4"), np.linspace(0.5, 2, 4, dtype="f4")
 
 
-def modules(seed: int = 0):
+def modules(seed: int = 0, codec: CodecTrainingConfig = CODEC):
     """Return (codec training, velocity network)."""
-    build = jax.jit(lambda key: (CODEC.build(key), FLOW.build(jax.random.fold_in(key, 1))))
+    build = jax.jit(lambda key: (codec.build(key), FLOW.build(jax.random.fold_in(key, 1))))
     return build(jax.random.key(seed))
 
 
-def music_model(seed: int = 0) -> MusicModel:
+def music_model(seed: int = 0, codec: CodecTrainingConfig = CODEC) -> MusicModel:
     """Return a model with labels."""
-    codec, velocity = modules(seed)
-    return MusicModel(codec.autoencoder, velocity, MEAN, STD, RATE, LABELS, clip_seconds=0.05)
+    training, velocity = modules(seed, codec)
+    return MusicModel(training.autoencoder, velocity, MEAN, STD, RATE, LABELS, clip_seconds=0.05)
 
 
 def tone(seconds: float = 0.05, rows: int = 1, channels: int = 2) -> np.ndarray:

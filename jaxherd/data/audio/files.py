@@ -3,9 +3,11 @@
 Axis letters: T samples, C channels.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,146 @@ def _soundfile() -> Any:
     return soundfile
 
 
+@dataclasses.dataclass(frozen=True)
+class AudioInfo:
+    """What a file says of itself: Hz, samples in each channel, channels."""
+
+    sample_rate: int
+    frames: int
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        """Length."""
+        return self.frames / self.sample_rate
+
+
+def audio_info(
+    path: str | os.PathLike[str], *, max_seconds: int | float = MAX_SECONDS
+) -> AudioInfo:
+    """Return what a file claims to hold; nothing is decoded.
+
+    Raises:
+      JaxherdError: no such file, no audio, cut off, empty, or longer than `max_seconds`.
+    """
+    soundfile = _soundfile()
+    if not pathlib.Path(path).is_file():
+        raise JaxherdError(f"There is no audio file {os.fspath(path)!r}: check the path.")
+    try:
+        with soundfile.SoundFile(path) as file:
+            info = AudioInfo(file.samplerate, file.frames, file.channels)
+            kind = file.format
+    except soundfile.SoundFileError as error:
+        raise _undecodable(path, error) from error
+    if not (0 < info.sample_rate <= MAX_RATE and 0 < info.channels <= MAX_CHANNELS):
+        raise JaxherdError(
+            f"{os.fspath(path)!r} claims {info.channels} channels at {info.sample_rate} Hz."
+        )
+    if info.frames > max_seconds * info.sample_rate:
+        raise JaxherdError(
+            f"{os.fspath(path)!r} is {info.seconds:.0f} s long, more than the "
+            f"{max_seconds:.0f} s that are read: cut it."
+        )
+    if kind == "OGG" and not _ogg_ends(path):
+        raise JaxherdError(
+            f"{os.fspath(path)!r} is cut off after {info.seconds:.1f} s, without the page that ends "
+            "an Ogg stream: fetch it again, or write what is there to a new file."
+        )
+    if not info.frames:
+        raise JaxherdError(f"{os.fspath(path)!r} holds no sound.")
+    return info
+
+
+def _ogg_ends(path: str | os.PathLike[str]) -> bool:
+    """Return whether the last page is marked as the last, and whole; libsndfile does not say."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 17)))  # a page has at most 65,307 bytes
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 28 or not page[5] & 4:
+        return False
+    segments = page[26]
+    return len(page) >= 27 + segments + sum(page[27 : 27 + segments])
+
+
+def _undecodable(path: str | os.PathLike[str], error: Exception) -> JaxherdError:
+    return JaxherdError(
+        f"{os.fspath(path)!r} cannot be decoded as audio ({str(error).rstrip('.')})."
+    )
+
+
+def audio_blocks(
+    path: str | os.PathLike[str],
+    *,
+    sample_rate: int | None = None,
+    channels: int | None = None,
+    max_seconds: int | float = MAX_SECONDS,
+    block_seconds: float = 30.0,
+) -> Iterator[Float[np.ndarray, "T C"]]:
+    """Yield a file's wave piece by piece, in memory that does not grow with its length.
+
+    The pieces are those of `read_audio`, also where the rate changes: each is resampled with as
+    much of its neighbours as the filter sees.
+
+    Raises:
+      JaxherdError: as `read_audio` does; what is wrong inside of the file is found on the way.
+    """
+    info = audio_info(path, max_seconds=max_seconds)
+    new_rate = sample_rate or info.sample_rate
+    divisor = math.gcd(info.sample_rate, new_rate)
+    up, down = new_rate // divisor, info.sample_rate // divisor
+    # The filter of `resample_poly` reaches 10 max(up, down) / up input samples to either side.
+    # Pieces and margins are whole numbers of `down`, so that each begins at an output sample.
+    margin = 0 if up == down else math.ceil((10 * max(up, down) / up + 1) / down) * down
+    block = max(1, round(block_seconds * info.sample_rate / down)) * down
+    held, before = None, 0
+    for piece, last in _decoded(path, info, block + margin):
+        held = piece if held is None else np.concatenate([held, piece])
+        while len(held) >= before + block + margin or (last and len(held) > before):
+            rest = len(held) - before
+            size = rest if last and rest <= block else block
+            window = held[: before + size + margin]
+            yield _converted(window, before, size, channels, up, down)
+            keep = max(0, before + size - margin)
+            held, before = held[keep:], before + size - keep
+
+
+def _decoded(path, info: AudioInfo, size: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield (samples, whether they are the last), checked."""
+    soundfile = _soundfile()
+    read = 0
+    try:
+        with soundfile.SoundFile(path) as file:
+            piece = file.read(size, dtype="float32", always_2d=True)
+            while len(piece):
+                read += len(piece)
+                if not np.isfinite(piece).all():
+                    raise JaxherdError(
+                        f"{os.fspath(path)!r} holds values that are no numbers: mend or leave it out."
+                    )
+                following = file.read(size, dtype="float32", always_2d=True)
+                yield piece, not len(following)
+                piece = following
+    except soundfile.SoundFileError as error:
+        raise _undecodable(path, error) from error
+    if read < info.frames - 0.1 * info.sample_rate:
+        raise JaxherdError(
+            f"{os.fspath(path)!r} ends after {read / info.sample_rate:.1f} s of the "
+            f"{info.seconds:.1f} s that it claims to hold: fetch it again."
+        )
+
+
+def _converted(window_TC, before: int, size: int, channels: int | None, up: int, down: int):
+    """Return the window's samples [before, before + size) with these channels at the new rate."""
+    if channels is not None:
+        window_TC = with_channels(window_TC, channels)
+    if up == down:
+        return window_TC[before : before + size]
+    start = before // down * up
+    return resample(window_TC, down, up)[start : start + math.ceil(size * up / down)]
+
+
 def read_audio(
     path: str | os.PathLike[str],
     *,
@@ -42,33 +184,12 @@ def read_audio(
       channels: mix down to one, or spread one over several; the file's own when None.
       max_seconds: longer files are refused before they are decoded.
     Raises:
-      JaxherdError: no such file, no audio, damaged, empty, too long, or not convertible.
+      JaxherdError: no such file, no audio, damaged or cut off, empty, too long, values that are no
+        numbers, or not convertible.
     """
-    soundfile = _soundfile()
-    if not pathlib.Path(path).is_file():
-        raise JaxherdError(f"There is no audio file {os.fspath(path)!r}: check the path.")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, frames, own = file.samplerate, file.frames, file.channels
-            if not (0 < rate <= MAX_RATE and 0 < own <= MAX_CHANNELS):
-                raise JaxherdError(f"{os.fspath(path)!r} claims {own} channels at {rate} Hz.")
-            if frames > max_seconds * rate:
-                raise JaxherdError(
-                    f"{os.fspath(path)!r} is {frames / rate:.0f} s long, more than the "
-                    f"{max_seconds:.0f} s that are read: cut it."
-                )
-            wave_TC = file.read(dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise JaxherdError(
-            f"{os.fspath(path)!r} cannot be decoded as audio ({str(error).rstrip('.')})."
-        ) from error
-    if not len(wave_TC) or not np.isfinite(wave_TC).all():
-        raise JaxherdError(f"{os.fspath(path)!r} holds no sound, or values that are no numbers.")
-    if channels is not None:
-        wave_TC = with_channels(wave_TC, channels)
-    if sample_rate is not None and sample_rate != rate:
-        wave_TC, rate = resample(wave_TC, rate, sample_rate), sample_rate
-    return wave_TC, rate
+    rate = sample_rate or audio_info(path, max_seconds=max_seconds).sample_rate
+    blocks = audio_blocks(path, sample_rate=rate, channels=channels, max_seconds=max_seconds)
+    return np.concatenate(list(blocks)), rate
 
 
 def with_channels(wave_TC: Float[np.ndarray, "T C"], channels: int) -> Float[np.ndarray, "T D"]:

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.audio.files import read_audio
+from jaxherd.data.audio.files import audio_blocks, audio_info
 from jaxherd.data.cache import cache_root, locked
 from jaxherd.data.sources import resolve
 
-_SUFFIXES = (".wav", ".flac", ".ogg")
+_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +82,35 @@ def open_track(
     if not target.is_file():
         with locked(target):
             if not target.is_file():
-                wave_TC, _ = read_audio(path, sample_rate=sample_rate, channels=channels)
                 partial = target.with_suffix(".partial")
-                with partial.open("wb") as file:
-                    np.save(file, np.round(np.clip(wave_TC, -1, 1) * 32767).astype(np.int16))
-                partial.replace(target)
+                try:
+                    _decode(path, partial, sample_rate, channels)
+                    partial.replace(target)
+                finally:
+                    partial.unlink(missing_ok=True)
     words = path.with_suffix(".txt")
     caption = words.read_text(encoding="utf-8").strip() if words.is_file() else None
     return Track(f"{path.parent.name}/{path.stem}", target, digest, caption)
+
+
+def _decode(path: pathlib.Path, target: pathlib.Path, sample_rate: int, channels: int) -> None:
+    """Write the samples piece by piece: a recording of hours needs no more memory than one of minutes."""
+    info = audio_info(path)
+    most = -(-info.frames * sample_rate // info.sample_rate)
+    done = 0
+    with target.open("w+b") as file:
+
+        def header(length: int) -> None:
+            file.seek(0)
+            entries = {"descr": "<i2", "fortran_order": False, "shape": (length, channels)}
+            np.lib.format.write_array_header_1_0(file, entries)
+
+        header(most)
+        for wave_TC in audio_blocks(path, sample_rate=sample_rate, channels=channels):
+            file.write(np.round(np.clip(wave_TC, -1, 1) * 32767).astype("<i2").tobytes())
+            done += len(wave_TC)
+        if done != most:  # a compressed file may hold a little less or more than it claims
+            header(done)
 
 
 @functools.lru_cache(maxsize=4096)

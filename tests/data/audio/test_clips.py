@@ -1,15 +1,17 @@
 """Clips of recordings: splits, determinism, exact resume, processes."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
+import soundfile
 
 from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
-from jaxherd.data.audio.tracks import AudioGroup
+from jaxherd.data.audio.tracks import AudioGroup, open_track
 
 RATE = 4000  # of the recordings in conftest.py
 
@@ -112,3 +114,53 @@ def test_what_cannot_be_is_told(config, groups, tmp_path):
     alone = AudioClips((AudioGroup("one", (str(one),)),), RATE, 1, 50)
     with pytest.raises(JaxherdError, match="leave none to train on"):
         alone.build(split="train", seed=0, cache_dir=tmp_path / "c")
+
+
+def test_hours_are_decoded_in_bounded_memory(tmp_path):
+    """A training recording goes to the cache piece by piece and is then mapped, not read."""
+    rate, hours = 500, 3 * 3600
+    path = tmp_path / "long.flac"
+    minute = np.full(60 * rate, 0.25, np.float32)
+    with soundfile.SoundFile(path, "w", rate, 1) as file:
+        for number in range(hours // 60):
+            file.write(minute * (-1) ** number)
+    open_track(write_audio(tmp_path / "s.wav", minute[:, None], rate), sample_rate=750, channels=1,
+               cache_dir=tmp_path)  # fmt: skip
+    tracemalloc.start()
+    try:
+        track = open_track(path, sample_rate=750, channels=2, cache_dir=tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(track) == hours * 750 and peak < len(track) * 2 * 4 / 20
+    for number in (0, 1, 60, 179):
+        middle = track.read((number * 60 + 20) * 750, 750)
+        np.testing.assert_allclose(middle, 0.25 * (-1) ** number, atol=1e-3)
+    assert np.abs(track.read(hours * 750 - 10, 20)[10:]).max() == 0
+    assert not list((tmp_path / "audio").glob("*.partial"))
+
+
+def test_folders_of_mp3_serve(tmp_path):
+    t = np.arange(16_000 * 2) / 16_000
+    for number in range(2):
+        wave = 0.4 * np.sin(2 * np.pi * (300 + 100 * number) * t)
+        soundfile.write(tmp_path / f"{number}.mp3", wave, 16_000)
+    data = AudioClips((AudioGroup("x", (str(tmp_path),)),), 8000, 1, 400, heldout_fraction=0.5)
+    (train,), (held,) = (data.tracks(s, cache_dir=tmp_path / "c") for s in ("train", "heldout"))
+    assert len(train) == len(held) == 1 and train[0].name != held[0].name
+    assert np.abs(train[0].read(4000, 400)).max() == pytest.approx(0.4, rel=0.1)
+
+
+def test_damaged_recordings_are_named(tmp_path):
+    whole = write_audio(tmp_path / "whole.ogg", np.full((40_000, 1), 0.1, np.float32), 8000)
+    folder = tmp_path / "music"
+    folder.mkdir()
+    (folder / "cut.ogg").write_bytes(whole.read_bytes()[:-20])
+    nan = folder / "nan.wav"
+    for path, told in ((folder / "cut.ogg", "cut.ogg"), (nan, "nan.wav.*no numbers")):
+        if path == nan:
+            soundfile.write(nan, np.full((80, 1), np.nan, np.float32), 8000, subtype="FLOAT")
+        data = AudioClips((AudioGroup("x", (str(path),)),), 8000, 1, 400)
+        with pytest.raises(JaxherdError, match=told):
+            data.build(split="train", seed=0, cache_dir=tmp_path / "c")
+    assert not list((tmp_path / "c").rglob("*.npy")) + list((tmp_path / "c").rglob("*.partial"))

@@ -1,11 +1,20 @@
 """Audio files in and out, and what is refused."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import soundfile
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.audio.files import read_audio, resample, with_channels, write_audio
+from jaxherd.data.audio.files import (
+    audio_blocks,
+    audio_info,
+    read_audio,
+    resample,
+    with_channels,
+    write_audio,
+)
 
 
 def tone(rate=8000, seconds=0.5, hertz=440.0, channels=2):
@@ -72,3 +81,79 @@ def test_bad_outputs_are_told_before_anything_is_written(tmp_path):
     with pytest.raises(JaxherdError, match="does not exist or cannot be written"):
         write_audio(tmp_path / "no" / "a.wav", tone(), 8000)
     assert not list(tmp_path.iterdir())
+
+
+def write_long(path, seconds, rate, hertz=50.0):
+    """A tone with a beat in every second, written piece by piece."""
+    t = np.arange(rate * 60) / rate
+    minute = (0.5 * np.sin(2 * np.pi * hertz * t) * (t % 1 < 0.5)).astype(np.float32)
+    with soundfile.SoundFile(path, "w", rate, 1) as file:
+        for start in range(0, seconds, 60):
+            file.write(minute[: rate * (seconds - start)])
+    return path
+
+
+@pytest.mark.parametrize("rate, new_rate", [(4410, 4800), (4800, 2205), (4000, 4000), (4000, 1000)])
+@pytest.mark.parametrize("block_seconds", [0.11, 0.5, 30.0])
+def test_blocks_join_without_seams(tmp_path, rate, new_rate, block_seconds):
+    wave = np.random.default_rng(0).normal(size=(int(rate * 1.7) + 3, 2)).astype(np.float32) / 8
+    path = write_audio(tmp_path / "a.flac", wave, rate)
+    own, _ = read_audio(path)
+    wanted = own if rate == new_rate else resample(own, rate, new_rate)
+    blocks = list(audio_blocks(path, sample_rate=new_rate, block_seconds=block_seconds))
+    assert len(blocks) == 1 if block_seconds == 30.0 else len(blocks) > 2
+    np.testing.assert_allclose(np.concatenate(blocks), wanted, atol=1e-6)
+    mono = np.concatenate(list(audio_blocks(path, channels=1, block_seconds=block_seconds)))
+    np.testing.assert_allclose(mono[:, 0], own.mean(axis=1), atol=1e-7)
+
+
+def test_three_hours_are_read_in_bounded_memory(tmp_path):
+    hours = 3 * 3600
+    path = write_long(tmp_path / "long.flac", hours, 1000)
+    info = audio_info(path)
+    assert (info.seconds, info.channels, info.sample_rate) == (hours, 1, 1000)
+    next(audio_blocks(path, sample_rate=1500))  # imports what it needs
+    tracemalloc.start()
+    try:
+        length = level = 0.0
+        for block in audio_blocks(path, sample_rate=1500, channels=2):
+            length, level = length + len(block), level + float(np.square(block).sum())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert length == hours * 1500
+    # Half of each second is a sine of amplitude 1/2, in two channels.
+    assert level / length == pytest.approx(2 * 0.5 * 0.125, rel=0.02)
+    assert peak < length * 2 * 4 / 20, "less than a twentieth of the whole wave"
+    with pytest.raises(JaxherdError, match="10800 s long, more than the 600 s"):
+        read_audio(path, max_seconds=600)
+
+
+def test_a_file_that_is_cut_off_is_told(tmp_path):
+    wave = np.random.default_rng(0).normal(size=(80_000, 1)).astype(np.float32) / 8
+    for suffix, told in (
+        (".ogg", "is cut off after|cannot be decoded"),
+        (".flac", "cannot be decoded|ends after"),
+    ):
+        whole = write_audio(tmp_path / f"a{suffix}", wave, 8000)
+        assert len(read_audio(whole)[0]) == 80_000
+        for share in (0.5, 0.9, 0.999):
+            part = tmp_path / f"part{suffix}"
+            part.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
+            with pytest.raises(JaxherdError, match=told):
+                read_audio(part)
+
+
+def test_an_mp3_that_is_cut_off_is_told(tmp_path):
+    whole, part = tmp_path / "a.mp3", tmp_path / "part.mp3"
+    soundfile.write(whole, tone(16_000, 5.0), 16_000)
+    assert len(read_audio(whole)[0]) == 80_000
+    part.write_bytes(whole.read_bytes()[: int(0.9 * whole.stat().st_size)])
+    with pytest.raises(JaxherdError, match=r"ends after 4\.\d s of the 5\.0 s"):
+        read_audio(part)
+
+
+def test_silence_is_sound(tmp_path):
+    path = write_audio(tmp_path / "a.wav", np.zeros((800, 2), np.float32), 8000)
+    found, _ = read_audio(path, sample_rate=4000)
+    assert found.shape == (400, 2) and not found.any()
