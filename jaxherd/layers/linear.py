@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxherd.core.modules import Axes, Module, parameter
 from jaxherd.core.platform import platform
 from jaxherd.core.sharding import shard
+from jaxherd.layers.lookup import lookup
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype=jnp.float32) -> jax.Array:
@@ -76,7 +77,7 @@ class Embedding(Module):
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Return the rows of the table for these tokens."""
-        return jnp.take(self.table[...], tokens, axis=0)
+        return lookup(self.table[...], tokens)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return logits x E^T."""
