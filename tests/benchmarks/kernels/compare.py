@@ -106,7 +106,10 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         if "inner" not in row:
-            lines.append(f"| {row['label']} | {row['note']} | | | | | | | | |")
+            mxu = f"{row['mxu']:.3f}" if "mxu" in row else ""
+            lines.append(
+                f"| {row['label']} | {row.get('bundles', '')} | {row['note']} | {mxu} | | | | | | |"
+            )
             continue
         lines.append(
             f"| {row['label']} | {row['bundles']} | {row['inner']:.0f} | {row['mxu']:.3f} "

@@ -133,6 +133,9 @@ def entries(shape, chip):
             w = [jax.ShapeDtypeStruct((G, columns, inner), w[0].dtype)]
         t = pallas_tpu.tiles_of(x, tuple(w) * matrices, limits, transposed)
         step = t.row_chunk * min(t.inner_chunk, t.inner) * min(t.columns, columns)
+        if t.inner_chunk >= inner:
+            # Without a loop over K both products stand in one region.
+            step *= matrices
         passes = _passes(sizes, t.row_chunk) * t.row_chunk / M
         w_bytes = touched * inner * columns * each * matrices
         if group:
