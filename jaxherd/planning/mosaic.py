@@ -173,6 +173,7 @@ def look(
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "JAX_TRACEBACK_FILTERING": "off",
         }
         done = subprocess.run(
             [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
@@ -180,9 +181,17 @@ def look(
             env=environment, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise JaxherdError(f"{case} {arguments} did not compile for {chip}: {last[:600]}")
+            raise JaxherdError(
+                f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}"
+            )
         return read_kernels(folder), json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _reason(stderr: str) -> str:
+    """Return the exception's line of a traceback."""
+    lines = [line for line in stderr.strip().splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (raised or lines or ["no message"])[-1][:600]
 
 
 def load_case(case: str) -> Callable:
