@@ -84,9 +84,7 @@ def to_gguf(w: QuantizedMatrix) -> tuple[str, UInt8[np.ndarray, "*S N bytes"]]:
     return kind, rearrange(np.concatenate([scales, codes], axis=-1), "... n b s -> ... n (b s)")
 
 
-def from_llama4_int4(
-    packed: Int[Any, "*S N P"], scales: Float[Any, "*S B N"]
-) -> QuantizedMatrix:
+def from_llama4_int4(packed: Int[Any, "*S N P"], scales: Float[Any, "*S B N"]) -> QuantizedMatrix:
     """Return the packed matrix [*S, K, N] of Llama 4's int4_mixed tensors (P = K / 2 bytes)."""
     w = QuantizedMatrix(jnp.swapaxes(jnp.asarray(packed), -1, -2), jnp.asarray(scales), packed=True)
     w.check()
@@ -107,9 +105,7 @@ def to_llama4_int4(w: QuantizedMatrix) -> tuple[Int[Any, "*S N P"], Float[Any, "
     return jnp.swapaxes(w.pack().values, -1, -2), w.scales
 
 
-def from_fbgemm_fp8(
-    weight: Shaped[Any, "*S K N"], scale: Float[Any, "*S A C"]
-) -> QuantizedMatrix:
+def from_fbgemm_fp8(weight: Shaped[Any, "*S K N"], scale: Float[Any, "*S A C"]) -> QuantizedMatrix:
     """Return the matrix of an inner-first fp8 tensor, for HF's fused experts.
 
     Scales come as [*S, 1, N] (gate_up_proj_scale) or as [*S, N, 1] (down_proj_scale).

@@ -54,7 +54,8 @@ def matmul(
     K, N = w.shape
     M, per = x_MK.shape[0], 2 if w.packed else 1
     out_dtype = out_dtype or x_MK.dtype
-    m = min(128, max(_LEAST, 2 ** math.ceil(math.log2(M))))
+    most = 32 if x_MK.dtype == jnp.float32 else 128  # what the shared memory of an SM holds
+    m = min(most, max(_LEAST, 2 ** math.ceil(math.log2(M))))
     x_MK = jnp.pad(x_MK, ((0, -M % m), (0, 0)))
     if x_MK.dtype == jnp.float8_e4m3fn:
         x_MK = x_MK.astype(jnp.bfloat16)  # exact

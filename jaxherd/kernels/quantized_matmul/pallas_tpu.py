@@ -14,7 +14,7 @@ decoded again.
 The gradient of x, dy W^T, is the same kernel with K and N exchanged: the scale of a column
 multiplies dy instead.
 
-VMEM: two buffers for each block, the decoded block, the accumulator; see `vmem_bytes`.
+VMEM: two buffers for each block, the decoded block, the accumulator: `tiles.vmem_bytes`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxherd.kernels.quantized_matmul.block import (
     scale_bits,
 )
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
-from jaxherd.kernels.quantized_matmul.tiles import FALLBACK, LIMITS, Tiles, choose
+from jaxherd.kernels.quantized_matmul.tiles import FALLBACK, LIMITS, Operands, Tiles, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +74,34 @@ def form_of(
 ) -> _Form:
     """Return what is static about the kernel of these operands (arrays or shapes)."""
     group = w.group if w.blocks > 1 else None
-    shape = (x_MK.shape[0], *w.shape)
-    limits = LIMITS.get(chip or "", FALLBACK)
     integers = w.code != "float8_e4m3fn" and activations == "int8"
     floats = chip == "tpu7x" and w.code == activations == "float8_e4m3fn"
+    if tiles is None:
+        limits = LIMITS.get(chip or "", FALLBACK)
+        shape = (x_MK.shape[0], *w.shape)
+        tiles = choose(limits, shape, operands_of(x_MK, w), transposed=transposed)
     return _Form(
-        tiles or choose(limits, shape, group=group, transposed=transposed),
+        tiles,
         w.packed,
         group is not None,
         w.zeros is not None,
         activations or "float",
         transposed,
         native=group is None and (integers or floats),
+    )
+
+
+def operands_of(x_MK: Any, w: QuantizedMatrix) -> Operands:
+    """Return what decides on tiles; results and decoded blocks are at most as wide as allowed."""
+    size = jnp.dtype(x_MK.dtype).itemsize
+    floats = max(size, 2)
+    return Operands(
+        x_bytes=size,
+        code_bytes=0.5 if w.code == "int4" else 1,
+        out_bytes=floats,
+        decoded_bytes=floats,
+        group=w.group if w.blocks > 1 else None,
+        zeros=w.zeros is not None,
     )
 
 
@@ -124,9 +140,7 @@ def matmul(
     K, N = w.shape
     M = x_MK.shape[0]
     activations = None if row_scales_M1 is None else x_MK.dtype.name
-    form = form_of(
-        x_MK, w, chip=chip, activations=activations, transposed=transposed, tiles=tiles
-    )
+    form = form_of(x_MK, w, chip=chip, activations=activations, transposed=transposed, tiles=tiles)
     tiles, limits = form.tiles, LIMITS.get(chip or "", FALLBACK)
     out = jax.ShapeDtypeStruct((M, K if transposed else N), out_dtype or x_MK.dtype)
     operands = [x_MK, w.values, scale_bits(w.scales)]
@@ -135,17 +149,23 @@ def matmul(
     in_specs, out_spec = _specs(form, w)
     return pl.pallas_call(
         functools.partial(_kernel, form=form),
-        grid=(tiles.rows, *((tiles.inner, tiles.columns) if transposed else (tiles.columns, tiles.inner))),
+        grid=(
+            tiles.rows,
+            *((tiles.inner, tiles.columns) if transposed else (tiles.columns, tiles.inner)),
+        ),
         in_specs=in_specs,
         out_specs=out_spec,
         out_shape=out,
-        scratch_shapes=[pltpu.VMEM(out_spec.block_shape, _accumulator(form))] if form.steps > 1 else [],
+        scratch_shapes=[pltpu.VMEM(out_spec.block_shape, _accumulator(form))]
+        if form.steps > 1
+        else [],
         cost_estimate=pl.CostEstimate(
             flops=2 * M * K * N, transcendentals=0, bytes_accessed=hbm_bytes(x_MK, w, form, out)
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=limits.vmem_bytes,
+            # What the compiler spills and stages comes on top of the blocks.
+            vmem_limit_bytes=limits.vmem_bytes * 5 // 4,
         ),
         interpret=interpret,
         name=f"quantized_matmul_{w.code}" + ("_dx" if transposed else ""),
@@ -153,21 +173,21 @@ def matmul(
 
 
 def _specs(form: _Form, w: QuantizedMatrix):
-    """Return the blocks: (inputs, output).  Grid (i, j, l): l runs along the inner axis."""
+    """Return the blocks: (inputs, output).  Grid (i, j, step): the last runs along the inner axis."""
     t = form.tiles
     per = 2 if form.packed else 1
     b = t.k // w.group if form.grouped else 1
     if form.transposed:
-        x = pl.BlockSpec((t.m, t.n), lambda i, j, l: (i, l))
-        values = pl.BlockSpec((t.k // per, t.n), lambda i, j, l: (j, l))
-        scales = pl.BlockSpec((b, t.n), lambda i, j, l: (j if form.grouped else 0, l))
-        out = pl.BlockSpec((t.m, t.k), lambda i, j, l: (i, j))
+        x = pl.BlockSpec((t.m, t.n), lambda i, j, step: (i, step))
+        values = pl.BlockSpec((t.k // per, t.n), lambda i, j, step: (j, step))
+        scales = pl.BlockSpec((b, t.n), lambda i, j, step: (j if form.grouped else 0, step))
+        out = pl.BlockSpec((t.m, t.k), lambda i, j, step: (i, j))
     else:
-        x = pl.BlockSpec((t.m, t.k), lambda i, j, l: (i, l))
-        values = pl.BlockSpec((t.k // per, t.n), lambda i, j, l: (l, j))
-        scales = pl.BlockSpec((b, t.n), lambda i, j, l: (l if form.grouped else 0, j))
-        out = pl.BlockSpec((t.m, t.n), lambda i, j, l: (i, j))
-    rows = pl.BlockSpec((t.m, 1), lambda i, j, l: (i, 0))
+        x = pl.BlockSpec((t.m, t.k), lambda i, j, step: (i, step))
+        values = pl.BlockSpec((t.k // per, t.n), lambda i, j, step: (step, j))
+        scales = pl.BlockSpec((b, t.n), lambda i, j, step: (step if form.grouped else 0, j))
+        out = pl.BlockSpec((t.m, t.n), lambda i, j, step: (i, j))
+    rows = pl.BlockSpec((t.m, 1), lambda i, j, step: (i, 0))
     inputs = [x, values, scales]
     inputs += [scales] if form.zeros else []
     inputs += [rows] if form.activations != "float" else []
@@ -286,14 +306,3 @@ def hbm_bytes(x: Any, w: QuantizedMatrix, form: _Form, out: jax.ShapeDtypeStruct
     # With one inner step the block of x stays while the columns pass.
     x_bytes = x.size * x.dtype.itemsize * (outer if inner > 1 else 1)
     return whole + x_bytes + out.size * out.dtype.itemsize
-
-
-def vmem_bytes(x_itemsize: int, w: QuantizedMatrix, form: _Form) -> int:
-    """Return the VMEM of one kernel: two buffers a block, the decoded block, the accumulator."""
-    t = form.tiles
-    inner, outer = (t.n, t.k) if form.transposed else (t.k, t.n)
-    b = t.k // w.group if form.grouped else 1
-    code = 0.5 if w.code == "int4" else 1
-    blocks = t.m * inner * x_itemsize + t.k * t.n * code + t.m * outer * x_itemsize
-    blocks += (2 if form.zeros else 1) * max(b, 8) * t.n * 4
-    return int(2 * blocks + t.k * t.n * x_itemsize + 2 * t.m * outer * 4)

@@ -1,9 +1,9 @@
-"""Tile sizes of the TPU kernels: a small table per chip, and what a choice costs.
+"""Tile sizes of the TPU kernels: a small table per chip, and what a choice takes.
 
-Letters: m, k, n are the tile's share of M, K, N.  The figures were found with the static cycle
-estimates of libtpu 0.0.42.1 over the shapes of `arg_specs.py` (README.md of this folder): few large
-steps beat many small ones, since every step pays its start and, with several along the inner axis,
-a pass over the accumulator.
+Letters: m, k, n are the tile's share of M, K, N.  By the static cycle estimates of libtpu 0.0.42.1
+(README.md of this folder) few large steps beat many small ones, and one step along the inner axis
+beats several: each of them passes over the accumulator.  So the inner axis is whole where VMEM
+allows, and the table says how wide the other axes are.
 """
 
 import dataclasses
@@ -12,6 +12,9 @@ from collections.abc import Mapping
 
 MIB = 2**20
 DECODE_ROWS = 64
+# Multiply-adds of one step: the compiler unrolls it, and takes minutes over a few times as many.
+# Narrow tiles cost no bytes where the inner axis is whole, for x stays while the columns pass.
+STEP_SIZE = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +23,27 @@ class TileLimits:
 
     Attributes:
       rows: m of many rows; up to `DECODE_ROWS` rows are one tile.
-      inner: k of many rows (n of the gradient).
       columns: n of many rows (k of the gradient).
-      decode_inner, decode_columns: k and n of up to `DECODE_ROWS` rows.
-      vmem_bytes: that a kernel may take of the core's VMEM.
+      decode_columns: n of up to `DECODE_ROWS` rows: narrow, so that the first block of the codes is
+        a small part of the whole, which nothing hides.
+      vmem_bytes: that a kernel may take of the core's VMEM (128 MiB on v5e and v6e, 64 MiB on v5p
+        and tpu7x).
     """
 
     rows: int
-    inner: int
     columns: int
-    decode_inner: int
     decode_columns: int
     vmem_bytes: int
 
 
 LIMITS: Mapping[str, TileLimits] = {
-    "v5e": TileLimits(512, 1024, 1024, 8192, 512, 64 * MIB),
-    "v5p": TileLimits(512, 1024, 1024, 8192, 512, 40 * MIB),
-    "v6e": TileLimits(512, 1024, 1024, 8192, 512, 64 * MIB),
-    "tpu7x": TileLimits(512, 1024, 1024, 8192, 512, 40 * MIB),
+    "v5e": TileLimits(512, 1024, 512, 64 * MIB),
+    "v5p": TileLimits(512, 1024, 512, 40 * MIB),
+    "v6e": TileLimits(512, 1024, 512, 64 * MIB),
+    "tpu7x": TileLimits(512, 1024, 512, 40 * MIB),
 }
 # An unknown chip gets what fits all of these.
-FALLBACK = TileLimits(256, 512, 512, 2048, 512, 24 * MIB)
+FALLBACK = TileLimits(256, 512, 512, 24 * MIB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,28 +73,73 @@ class Tiles:
         return -(-self.N // self.n)
 
 
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """What of the operands decides on tiles.
+
+    Attributes:
+      x_bytes, code_bytes, out_bytes: of one element (0.5 for int4).
+      decoded_bytes: of one element as the matrix unit gets it.
+      group: rows of K that share a scale, None for one scale per column.
+      zeros: whether there are zero points.
+    """
+
+    x_bytes: int
+    code_bytes: int | float
+    out_bytes: int
+    decoded_bytes: int
+    group: int | None
+    zeros: bool
+
+
+def vmem_bytes(tiles: Tiles, of: Operands, *, transposed: bool) -> int:
+    """Return the VMEM of one kernel: two buffers a block, the decoded block, the accumulator."""
+    m, k, n = tiles.m, tiles.k, tiles.n
+    inner, outer = (n, k) if transposed else (k, n)
+    scales = max(8, 1 if of.group is None else k // of.group) * n * 4 * (2 if of.zeros else 1)
+    blocks = m * inner * of.x_bytes + k * n * of.code_bytes + m * outer * of.out_bytes + scales
+    # A decoded group passes through float32 before it is rounded.
+    decoded = k * n * (of.decoded_bytes + (4 if of.group is not None else 0))
+    return int(2 * blocks + decoded + 2 * m * outer * 4)
+
+
 def choose(
-    limits: TileLimits, shape: tuple[int, int, int], *, group: int | None, transposed: bool
+    limits: TileLimits, shape: tuple[int, int, int], of: Operands, *, transposed: bool
 ) -> Tiles:
-    """Return tiles for M x K x N.
+    """Return tiles for M x K x N whose `vmem_bytes` are within the chip's limit.
 
     Args:
       limits: of the chip.
       shape: (M, K, N).
-      group: rows of K that share a scale, None for one scale per column.
+      of: the operands.
       transposed: for the gradient, whose inner axis is N.
     """
     M, K, N = shape
-    if M <= DECODE_ROWS:
-        m, inner, columns = M, limits.decode_inner, limits.decode_columns
-    else:
-        m, inner, columns = _even(M, limits.rows, 16), limits.inner, limits.columns
-    k, n = (columns, inner) if transposed else (inner, columns)
-    if transposed and M <= DECODE_ROWS:
-        k, n = limits.decode_columns, limits.decode_inner // 2
-    # Whole int8 tiles of 32 rows when two rows share a byte, eight rows of scales, 128 lanes of x.
-    unit = 128 if group is None else math.lcm(128, 8 * group)
-    return Tiles(m, _divisor(K, max(k, unit), unit), _divisor(N, n, 128), M, K, N)
+    # Whole int8 tiles of 32 rows where two rows share a byte, eight rows of scales, 128 lanes of x.
+    unit_K = 128 if of.group is None else math.lcm(128, 8 * of.group)
+    few = M <= DECODE_ROWS
+    m = M if few else _even(M, limits.rows, 32)
+    wide = limits.decode_columns if few else limits.columns
+    while True:
+        if transposed:
+            outer, inner = _divisor(K, max(wide, unit_K), unit_K), N
+        else:
+            outer, inner = _divisor(N, wide, 128), K
+        while True:
+            k, n = (outer, inner) if transposed else (inner, outer)
+            tiles = Tiles(m, k, n, M, K, N)
+            if wide > 256 and m * k * n > STEP_SIZE:
+                break
+            if vmem_bytes(tiles, of, transposed=transposed) <= limits.vmem_bytes:
+                return tiles
+            unit = 128 if transposed else unit_K
+            if inner <= max(unit, 1024):
+                break
+            inner = _divisor(N if transposed else K, max(unit, inner // 2), unit)
+        if wide > 128:
+            wide //= 2
+        else:
+            m = max(32, m // 2 // 32 * 32)
 
 
 def _even(size: int, most: int, unit: int) -> int:

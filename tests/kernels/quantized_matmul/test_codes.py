@@ -58,9 +58,7 @@ def test_what_saturates():
 def test_asymmetric_codes(bits, group, scale_dtype):
     # All of one sign: the range is widened to hold zero, which stays exact.
     w = (draw(1, (64, 10)) + 3).at[5].set(0.0)
-    found = quantize(
-        w, bits=bits, group=group, symmetric=False, scale_dtype=jnp.dtype(scale_dtype)
-    )
+    found = quantize(w, bits=bits, group=group, symmetric=False, scale_dtype=jnp.dtype(scale_dtype))
     # A rounded zero point costs up to half a step at the ends of the range, a rounded scale more.
     slack = {"float32": 1e-3, "bfloat16": 2.0**bits / 256, "float16": 0.13}[scale_dtype]
     assert bool((jnp.abs(found.dequantize() - w) <= (1 + slack) * steps(found)).all())
@@ -87,8 +85,10 @@ def test_fp8_rounds_to_the_nearest():
 
 
 @given(
-    stack=st.sampled_from([(), (2,), (2, 3)]), pairs=st.sampled_from([1, 5]),
-    columns=st.sampled_from([1, 3]), seed=st.integers(0, 99),
+    stack=st.sampled_from([(), (2,), (2, 3)]),
+    pairs=st.sampled_from([1, 5]),
+    columns=st.sampled_from([1, 3]),
+    seed=st.integers(0, 99),
 )
 def test_packing_is_exact(stack, pairs, columns, seed):
     rng = np.random.default_rng(seed)
@@ -206,7 +206,10 @@ def test_what_is_wrong_is_told():
 def test_parts_that_do_not_fit(message, parts):
     values, dtype, scales, zeros, packed = parts
     w = QuantizedMatrix(
-        jnp.zeros(values, dtype), jnp.ones(scales), None if zeros is None else jnp.ones(zeros), packed
+        jnp.zeros(values, dtype),
+        jnp.ones(scales),
+        None if zeros is None else jnp.ones(zeros),
+        packed,
     )
     with pytest.raises(JaxherdError, match=message):
         w.check()

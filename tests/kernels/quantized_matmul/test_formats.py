@@ -82,9 +82,7 @@ def test_gguf_refuses_what_it_cannot_hold():
 
 def test_llama4_int4_is_metas():
     """Values, bytes and scales of the golden, to and from; zero rows, ties and outliers in it."""
-    w = quantize(
-        jnp.asarray(GOLDEN["w"].T), bits=4, group=128, convention="absmax/8", packed=True
-    )
+    w = quantize(jnp.asarray(GOLDEN["w"].T), bits=4, group=128, convention="absmax/8", packed=True)
     np.testing.assert_array_equal(w.unpack().values.astype(jnp.int8).T, GOLDEN["values"])
     packed, scales = formats.to_llama4_int4(w)
     np.testing.assert_array_equal(packed, GOLDEN["packed"])
