@@ -162,29 +162,44 @@ def look(
     Raises:
       JaxherdError: an unknown chip, or the compilation failed (the compiler's last line is told).
     """
+    with tempfile.TemporaryDirectory(prefix="jaxherd-mosaic-") as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        costs = compile_in_child(chip, case, arguments, flags, timeout)
+        return read_kernels(folder), costs
+
+
+def compile_in_child(
+    chip: str, case: str, arguments: dict | None, flags: str, timeout: float
+) -> dict:
+    """Compile a case in a process of its own under these `LIBTPU_INIT_ARGS`.
+
+    Returns:
+      XLA's costs, as `look` tells them.
+    Raises:
+      JaxherdError: as in `look`.
+    """
     if chip not in TOPOLOGIES:
         raise JaxherdError(f"No TPU compiler for {chip!r}; " + nearest(chip, TOPOLOGIES))
-    with tempfile.TemporaryDirectory(prefix="jaxherd-mosaic-") as folder:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "JAX_TRACEBACK_FILTERING": "off",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
-             json.dumps(arguments or {})],
-            env=environment, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
-        if done.returncode:
-            raise JaxherdError(
-                f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}"
-            )
-        return read_kernels(folder), json.loads(done.stdout.strip().splitlines()[-1])
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": flags,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
+         json.dumps(arguments or {})],
+        env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    if done.returncode:
+        raise JaxherdError(
+            f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _reason(stderr: str) -> str:
