@@ -23,7 +23,8 @@ class Estimate:
 
     Attributes:
       operations: estimated cycles by name of the operation, on the TensorCore.
-      bytes: accessed in HBM, by XLA's cost analysis (of a kernel, its own `CostEstimate`).
+      bytes: moved in HBM: as given, or operands, results and temporaries (written and read) once.
+        XLA's cost analysis is not used: it counts a prefetch into VMEM as two accesses more.
       floor: cycles that the bytes take at the chip's full bandwidth.
     """
 
@@ -43,10 +44,18 @@ class Estimate:
 
 
 def estimate(
-    chip: str, case: str, arguments: dict | None = None, *, timeout: float = 540
+    chip: str,
+    case: str,
+    arguments: dict | None = None,
+    *,
+    moved: float | None = None,
+    timeout: float = 540,
 ) -> Estimate:
     """Compile a case (`mosaic.look`) in a child process and read its cycles.
 
+    Args:
+      chip, case, arguments, timeout: as for `mosaic.look`.
+      moved: HBM bytes, where the caller knows them (a kernel that reads a block more than once).
     Raises:
       JaxherdError: an unknown chip, a program that does not compile, or an operation that the
         profile cannot price.
@@ -57,8 +66,9 @@ def estimate(
         operations = read_profiles(folder)
     device = CHIPS[chip]
     bandwidth = device.hbm_bytes_per_s / device.devices_per_chip
-    floor = costs["bytes"] / bandwidth * device.clock_hz
-    return Estimate(operations, costs["bytes"], floor)
+    if moved is None:
+        moved = costs["operand_bytes"] + 2 * costs["temp_bytes"]
+    return Estimate(operations, moved, moved / bandwidth * device.clock_hz)
 
 
 def read_profiles(folder: str | Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ the compiler's model of one core, not a measurement.
 """
 
 import dataclasses
+import glob
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jaxherd.core.errors import JaxherdError, nearest
@@ -35,6 +36,7 @@ TOPOLOGIES: Mapping[str, str] = {
 
 _TARGET = re.compile(r"^ *(0x[0-9a-f]+|0) +(LH|LB|LE|PB|PF|CT)\b")
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:\w\w)?:")
+_SUMMARY = "-schedule-analysis_final_bundles.txt"
 _UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 
 
@@ -92,29 +94,35 @@ def read_kernels(folder: str | Path) -> list[KernelCode]:
       JaxherdError: the folder holds no Pallas kernel.
     """
     found = []
-    for path in sorted(Path(folder).glob(f"*-{_UTILIZATION}")):
-        # <time>-<operation>-<pass number>-final_hlo-...
-        stem = path.name.removesuffix(f"-{_UTILIZATION}").rsplit("-", 1)[0]
-        summary = next(
-            iter(path.parent.glob(f"{stem}-*-schedule-analysis_final_bundles.txt")), None
+    for name, path in _summaries(folder):
+        stem = path.name.removesuffix(_SUMMARY).rsplit("-", 1)[0]
+        found.append(
+            _kernel(
+                name,
+                next(path.parent.glob(f"{glob.escape(stem)}-*-{_UTILIZATION}")),
+                next(
+                    code
+                    for code in path.parent.glob(f"{glob.escape(stem)}-*-final_bundles.txt")
+                    if re.search(r"-\d+-final_bundles", code.name)
+                ),
+            )
         )
-        name = stem.split("-", 1)[1]
-        # The whole program ("TLP") lists its kernels too: only what is itself a kernel counts.
-        pattern = rf"%{re.escape(name)} = [^\n]*tpu_custom_call"
-        if summary is None or not re.search(pattern, summary.read_text()):
-            continue
-        code = next(
-            p
-            for p in path.parent.glob(f"{stem}-*-final_bundles.txt")
-            if "schedule-analysis" not in p.name
-        )
-        found.append(_kernel(name, path, code))
     if not found:
         raise JaxherdError(
             f"{folder} holds no dump of a Pallas kernel; compile a program with one under "
             "LIBTPU_INIT_ARGS=--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true."
         )
     return found
+
+
+def _summaries(folder: str | Path) -> Iterator[tuple[str, Path]]:
+    """Yield each Pallas kernel's name and the summary of its bundles."""
+    for path in sorted(Path(folder).glob(f"*{_SUMMARY}")):
+        # <time>-<operation>-<pass number>-schedule-analysis_final_bundles.txt
+        name = path.name.removesuffix(_SUMMARY).split("-", 1)[1].rsplit("-", 1)[0]
+        # The whole program ("TLP") lists its kernels too: only what is itself a kernel counts.
+        if re.search(rf"%{re.escape(name)} = [^\n]*tpu_custom_call", path.read_text()):
+            yield name, path
 
 
 def _kernel(name: str, utilization: Path, code: Path) -> KernelCode:
@@ -147,7 +155,12 @@ def _region(kind, rows, units, capacity) -> Region:
 
 
 def look(
-    chip: str, case: str, arguments: dict | None = None, *, timeout: float = 540
+    chip: str,
+    case: str,
+    arguments: dict | None = None,
+    *,
+    timeout: float = 540,
+    need_kernel: bool = True,
 ) -> tuple[list[KernelCode], dict]:
     """Compile a case for a chip in a child process and read its kernels.
 
@@ -156,6 +169,7 @@ def look(
       case: "FILE.py:FUNCTION"; the function returns (callable, [(shape, dtype name), ...]).
       arguments: of the function; anything JSON holds.
       timeout: seconds.
+      need_kernel: whether a program without a Pallas kernel is an error; else it gives none.
     Returns:
       The kernels, and {"flops", "bytes", "seconds", "temp_bytes"}: of XLA's cost analysis of the
       whole program (of a Pallas kernel it is the kernel's own estimate), and of its compilation.
@@ -165,6 +179,8 @@ def look(
     with tempfile.TemporaryDirectory(prefix="jaxherd-mosaic-") as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         costs = compile_in_child(chip, case, arguments, flags, timeout)
+        if not need_kernel and not any(_summaries(folder)):
+            return [], costs
         return read_kernels(folder), costs
 
 
@@ -196,9 +212,7 @@ def compile_in_child(
         env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     if done.returncode:
-        raise JaxherdError(
-            f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}"
-        )
+        raise JaxherdError(f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -248,6 +262,9 @@ def _child(chip: str, case: str, arguments: dict) -> dict:
         "flops": costs.get("flops", 0.0),
         "bytes": costs.get("bytes accessed", 0.0),
         "temp_bytes": memory.temp_size_in_bytes if memory else 0,
+        "operand_bytes": (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
+        ),
         "seconds": time.monotonic() - started,
     }
 

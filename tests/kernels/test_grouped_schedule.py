@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxherd.kernels import quantize
-from jaxherd.kernels.grouped_matmul import pallas_tpu, pallas_tpu_forward
+from jaxherd.kernels.grouped_matmul import pallas_tpu_forward
 from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS
 from jaxherd.kernels.grouped_matmul.schedule import (
     forward_schedule,
@@ -116,10 +116,3 @@ def test_tiles_fit_the_chip(chip, name):
     held = gradient.inner * gradient.columns * (4 + 2 * 2)
     held += 2 * 2 * gradient.rows * (gradient.inner + gradient.columns)
     assert held <= limits.vmem_bytes
-
-
-def test_packed_codes_that_do_not_fit_are_unpacked():
-    w = quantize(jnp.ones((1, 4096, 256)), bits=4, packed=True)
-    x = jax.ShapeDtypeStruct((512, 4096), jnp.float32)
-    tiles, weights = pallas_tpu._fit(x, (w,), FALLBACK)
-    assert tiles.inner < 4096 and not weights[0].packed

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxherd.kernels.grouped_matmul.pallas_tpu_forward import Weights, forward
 from jaxherd.kernels.grouped_matmul.pallas_tpu_gradient import gradient
-from jaxherd.kernels.grouped_matmul.tiles import Limits, forward_tiles, gradient_tiles
+from jaxherd.kernels.grouped_matmul.tiles import Limits, Tiles, forward_tiles, gradient_tiles
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
 
 
@@ -24,13 +24,13 @@ def grouped_matmul(x_MK, w_GKN, group_sizes_G, limits: Limits, interpret):
 
 
 def _product(x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, transposed=False):
-    tiles, weights = _fit(x_MK, (w_GKN,), limits, transposed)
-    return forward(x_MK, weights, group_sizes_G, tiles=tiles, transposed=transposed,
+    tiles = tiles_of(x_MK, (w_GKN,), limits, transposed)
+    return forward(x_MK, (w_GKN,), group_sizes_G, tiles=tiles, transposed=transposed,
                    interpret=interpret)  # fmt: skip
 
 
-def _fit(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed=False):
-    """Return the tiles, and the weights in a form that they can cut."""
+def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False) -> Tiles:
+    """Return the tiles of a forward product."""
     w = weights[0]
     choose = functools.partial(
         forward_tiles,
@@ -39,17 +39,14 @@ def _fit(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed=False):
         x_bytes=x_MK.dtype.itemsize,
         matrices=len(weights),
     )
+    if transposed and x_MK.shape[0] >= limits.few_borders * w.shape[0]:
+        limits = dataclasses.replace(limits, row_chunk=limits.rows)
     if not isinstance(w, QuantizedMatrix):
-        return choose(limits=limits, w_bytes=w.dtype.itemsize), weights
+        return choose(limits=limits, w_bytes=w.dtype.itemsize)
     # Eight scales at a time, and whole groups: chunks of K must be a multiple of both.
-    group = w.group // 2 if w.packed else w.group
-    multiple = 8 * group if w.blocks > 1 else 128
-    limits = dataclasses.replace(limits, inner_chunk=max(limits.code_chunk, multiple))
-    tiles = choose(w_bytes=0.5 if w.code == "int4" else 1, limits=limits, multiple=multiple)
-    if w.packed and tiles.inner < w.shape[1]:
-        # The halves of a byte belong to both ends of x, of which a block holds all or neither.
-        weights = tuple(part.unpack() for part in weights)
-    return tiles, weights
+    multiple = max(8 * w.group, 128) if w.blocks > 1 else 128
+    limits = dataclasses.replace(limits, inner_chunk=max(limits.inner_chunk, multiple))
+    return choose(limits=limits, w_bytes=0.5 if w.code == "int4" else 1, multiple=multiple)
 
 
 def _plain(w_GKN: Weights, dtype) -> jax.Array:
@@ -93,7 +90,8 @@ def grouped_swiglu(
     x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits: Limits, interpret
 ):  # fmt: skip
     """Return h_MN; see `api.grouped_swiglu`.  `row_scale_M` may be None."""
-    tiles, weights = _fit(x_MK, (gate_GKN, up_GKN), limits)
+    weights = (gate_GKN, up_GKN)
+    tiles = tiles_of(x_MK, weights, limits)
     return forward(x_MK, weights, group_sizes_G, tiles=tiles, row_scale_M=row_scale_M,
                    interpret=interpret)  # fmt: skip
 

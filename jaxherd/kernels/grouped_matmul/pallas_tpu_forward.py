@@ -74,13 +74,11 @@ def forward(
         return tile[v], n
 
     packed = isinstance(weights[0], QuantizedMatrix) and weights[0].packed
-    if packed:
-        # A byte holds two rows of K: even columns of x meet the low nibbles, odd ones the high.
-        x_MK = jnp.concatenate([x_MK[:, 0::2], x_MK[:, 1::2]], axis=1)
     operands, specs = [x_MK], [pl.BlockSpec((tiles.rows, tiles.inner), x_map)]
     if row_scale_M is not None:
         operands.append(row_scale_M.astype(jnp.float32)[:, None])
         specs.append(pl.BlockSpec((tiles.rows, 1), row_map))
+    # A byte holds rows 2 i and 2 i + 1 of K.
     block_rows = tiles.inner // 2 if packed else tiles.inner
     block = (tiles.columns, block_rows) if transposed else (block_rows, tiles.columns)
     for w in weights:
@@ -234,27 +232,26 @@ def _accumulate(
     ragged = inner % tiles.inner != 0
 
     def step(begin, size):
-        """Take rows [begin, begin + size) of the stored values: twice as many if packed."""
         here = pl.ds(begin, size)
-        values = matrix.values[:, here] if transposed else matrix.values[here, :]
-        for half, w in enumerate(_nibbles(values) if packed else [values]):
-            x = x_ref[at, pl.ds(begin + half * (tiles.inner // 2), size)]
-            if matrix.scales is not None:
-                first = k * tiles.inner + begin
-                w = _decode(w, matrix, first, size, inner // 2 if packed else inner, x.dtype)
-            if ragged:
-                # The last block reaches past the end of K, where anything may stand.
-                left = inner - k * tiles.inner - begin
-                x = _keep(x, left, 1)
-                w = _keep(w, left, 1 if transposed else 0)
-            accumulator[at, :] += jax.lax.dot_general(
-                x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32
-            )
+        x = x_ref[at, here]
+        if packed:
+            # The same bits seen as int4: no instruction, and rows come out in their order.
+            w = pltpu.bitcast(matrix.values[pl.ds(_over(begin, 2), size // 2), :], jnp.int4)
+        else:
+            w = matrix.values[:, here] if transposed else matrix.values[here, :]
+        if matrix.scales is not None:
+            w = _decode(w, matrix, k * tiles.inner + begin, size, inner, x.dtype)
+        if ragged:
+            # The last block reaches past the end of K, where anything may stand.
+            left = inner - k * tiles.inner - begin
+            x = _keep(x, left, 1)
+            w = _keep(w, left, 1 if transposed else 0)
+        accumulator[at, :] += jax.lax.dot_general(
+            x, w.astype(x.dtype), contract, preferred_element_type=jnp.float32
+        )
 
-    stored, chunk = tiles.inner, tiles.inner_chunk
-    if packed:
-        stored, chunk = stored // 2, min(chunk, stored // 2)
-    whole, rest = divmod(stored, chunk)
+    chunk = tiles.inner_chunk
+    whole, rest = divmod(tiles.inner, chunk)
 
     def loop(c, carry):
         step(pl.multiple_of(c * chunk, chunk), chunk)
@@ -268,30 +265,19 @@ def _accumulate(
         step(whole * chunk, rest)
 
 
-def _nibbles(packed):
-    """Return the low and the high int4 values of bytes, as int32."""
-    wide = packed.astype(jnp.int32)
-    return [(wide << 28) >> 28, wide >> 4]
-
-
 def _decode(values, matrix: _Matrix, begin, size: int, inner: int, dtype):
     """Return a chunk of a code in the activations' type; one scale a column waits for the end."""
     blocks, columns = matrix.scales.shape
     if blocks == 1:
         if matrix.zeros is None:
-            return _exact(values, dtype)
-        return (_exact(values, jnp.float32) - matrix.zeros[...]).astype(dtype)
+            return values.astype(dtype)
+        return (values.astype(jnp.float32) - matrix.zeros[...]).astype(dtype)
     width = inner // blocks
     here = pl.ds(_over(begin, width), size // width)
-    parts = _exact(values, jnp.float32).reshape(size // width, width, columns)
+    parts = values.astype(jnp.float32).reshape(size // width, width, columns)
     if matrix.zeros is not None:
         parts = parts - matrix.zeros[here, :][:, None, :]
     return (parts * matrix.scales[here, :][:, None, :]).reshape(size, columns).astype(dtype)
-
-
-def _exact(values, dtype):
-    """Cast; narrow integers go by int32, from which every generation converts."""
-    return values.astype(dtype)
 
 
 def _over(value, divisor: int):

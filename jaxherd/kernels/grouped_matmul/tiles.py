@@ -20,9 +20,10 @@ class Limits:
       rows: of a tile.
       row_chunk: of the rows multiplied at once by the forward kernel.
       inner_chunk: of the inner axis multiplied at once.
-      code_chunk: the same for weights in few bits, whose chunk is held decoded as well.
       columns: of a strip.
       side: of the square tile of dw, in both axes.
+      few_borders: rows per group from which dx takes `rows` at once, since few tiles are shared: a
+        matrix that is read transposed costs the more the fewer rows it meets.
       gradient_chunk: of the rows that one product of the dw kernel sums over.
     """
 
@@ -30,9 +31,9 @@ class Limits:
     rows: int = 512
     row_chunk: int = 256
     inner_chunk: int = 2560
-    code_chunk: int = 1024
     columns: int = 1024
     side: int = 1024
+    few_borders: int = 2048
     gradient_chunk: int = 512
 
 

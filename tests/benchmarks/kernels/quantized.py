@@ -4,9 +4,10 @@
 
 Every row is compiled by the same libtpu in this run.  Columns: `compute`, the compiler's estimated
 cycles of all operations of the program (they price instructions, hardly memory); `MB`, the HBM bytes
-(of our kernels from their blocks, of XLA's programs from its cost analysis); `floor`, the cycles
-which those bytes take at full bandwidth; `cycles`, the larger of the two; `ratio`, to bf16 XLA.
-Estimates of a compiler, not measurements.
+(of our kernels from their blocks and the pass that rounds activations; of XLA's programs operands and
+results once and temporaries twice); `floor`, the cycles which those bytes take at full bandwidth;
+`cycles`, the larger of the two; the ratios are to XLA's bf16 product.
+Estimates of a compiler, not measurements.  `compare.py quantized` gives the kernels' bundles.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import quantized_matmul
+from jaxherd.kernels.quantized_matmul import pallas_tpu
 from jaxherd.kernels.quantized_matmul.arg_specs import ARG_SPECS
 
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -66,16 +68,51 @@ def _qwix(x, w, activations):
     return qwix.dot_general(x, to_qwix(w), (((1,), (0,)), ((), ()))).astype(jnp.bfloat16)
 
 
-def rows(chips, names):
+def moved_bytes(name: str, chip: str) -> float:
+    """What our program moves by its blocks, with the pass that rounds activations."""
+    spec = ARG_SPECS[name]
+    x, w = spec.abstract()
+    out = jax.ShapeDtypeStruct((spec.rows, spec.columns), x.dtype)
+    if spec.activations is None:
+        rounding = 0
+    else:
+        rounding = spec.rows * spec.inner * (x.dtype.itemsize + 1)
+        x = jax.ShapeDtypeStruct(x.shape, jnp.dtype(spec.activations))
+    form = pallas_tpu.form_of(x, w, chip=chip, activations=spec.activations)
+    return pallas_tpu.hbm_bytes(x, w, form, out) + rounding
+
+
+def entries(shape, chip):
+    """The lines of `compare.py quantized`; the shapes are those of `arg_specs.py`."""
+    from compare import Entry
+
+    del shape
+    found = []
+    for name in SPECS:
+        spec = ARG_SPECS[name]
+        x, w = spec.abstract()
+        t = pallas_tpu.form_of(x, w, chip=chip, activations=spec.activations).tiles
+        total = spec.rows * spec.inner * spec.columns
+        once = w.nbytes + 2 * spec.rows * (spec.inner + spec.columns)
+        found.append(Entry(
+            name, {"name": name, "contestant": "ours"}, ("quantized_matmul",), (t.m * t.k * t.n,),
+            total, moved_bytes(name, chip), once, dtype="int8" if spec.activations else "bf16",
+        ))  # fmt: skip
+    return found
+
+
+def rows(chips, names, contestants):
     from jaxherd.planning.cycles import estimate
 
     here = f"{pathlib.Path(__file__).resolve()}:case"
     for chip in chips:
         for name in names:
             base = None
-            for contestant in CONTESTANTS:
+            for contestant in contestants:
+                moved = moved_bytes(name, chip) if contestant == "ours" else None
+                arguments = {"name": name, "contestant": contestant}
                 try:
-                    found = estimate(chip, here, {"name": name, "contestant": contestant})
+                    found = estimate(chip, here, arguments, moved=moved)
                 except JaxherdError as error:
                     yield chip, name, contestant, str(error).splitlines()[0][:160]
                     continue
@@ -87,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", nargs="+", default=["v5e"], choices=CHIPS)
     parser.add_argument("--only", nargs="+", default=SPECS, choices=list(ARG_SPECS))
+    parser.add_argument("--by", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--markdown", action="store_true")
     chosen = parser.parse_args()
     line = functools.partial(print, flush=True)
@@ -98,7 +136,7 @@ def main() -> None:
     line(separator.join(header))
     if chosen.markdown:
         line(" | ".join("---" for _ in header))
-    for chip, name, contestant, result in rows(chosen.chips, chosen.only):
+    for chip, name, contestant, result in rows(chosen.chips, chosen.only, chosen.by):
         if isinstance(result, str):
             line(separator.join((chip, name, contestant, f"not priced: {result}")))
             continue
