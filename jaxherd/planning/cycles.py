@@ -66,9 +66,8 @@ def estimate(
         operations = read_profiles(folder)
     device = CHIPS[chip]
     bandwidth = device.hbm_bytes_per_s / device.devices_per_chip
-    if moved is None:
-        moved = costs["operand_bytes"] + 2 * costs["temp_bytes"]
-    return Estimate(operations, moved, moved / bandwidth * device.clock_hz)
+    total = costs["operand_bytes"] + 2 * costs["temp_bytes"] if moved is None else moved
+    return Estimate(operations, float(total), total / bandwidth * device.clock_hz)
 
 
 def read_profiles(folder: str | Path) -> dict[str, int]:

@@ -213,3 +213,12 @@ def test_parts_that_do_not_fit(message, parts):
     )
     with pytest.raises(JaxherdError, match=message):
         w.check()
+
+
+def test_an_index_picks_matrices_of_a_stack():
+    stack = quantize(draw(8, (4, 64, 8)), bits=4, group=32, symmetric=False, packed=True)
+    np.testing.assert_array_equal(stack[2].dequantize(), stack.dequantize()[2])
+    assert stack[1:3].shape == (2, 64, 8) and stack[...].shape == stack.shape
+    for index in ((0, slice(2)), (0, 1), (..., 0)):
+        with pytest.raises(JaxherdError, match="not parts of one"):
+            stack[index]
