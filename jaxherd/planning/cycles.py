@@ -40,7 +40,7 @@ class Estimate:
     @property
     def cycles(self) -> float:
         """The larger of compute and floor: no program takes less, by this model."""
-        return max(self.compute, self.floor)
+        return max(float(self.compute), self.floor)
 
 
 def estimate(
@@ -49,7 +49,7 @@ def estimate(
     arguments: dict | None = None,
     *,
     moved: float | None = None,
-    timeout: float = 540,
+    timeout: int | float = 540,
 ) -> Estimate:
     """Compile a case (`mosaic.look`) in a child process and read its cycles.
 

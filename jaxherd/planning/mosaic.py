@@ -159,7 +159,7 @@ def look(
     case: str,
     arguments: dict | None = None,
     *,
-    timeout: float = 540,
+    timeout: int | float = 540,
     need_kernel: bool = True,
 ) -> tuple[list[KernelCode], dict]:
     """Compile a case for a chip in a child process and read its kernels.
@@ -185,7 +185,7 @@ def look(
 
 
 def compile_in_child(
-    chip: str, case: str, arguments: dict | None, flags: str, timeout: float
+    chip: str, case: str, arguments: dict | None, flags: str, timeout: int | float
 ) -> dict:
     """Compile a case in a process of its own under these `LIBTPU_INIT_ARGS`.
 
@@ -206,11 +206,16 @@ def compile_in_child(
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "JAX_TRACEBACK_FILTERING": "off",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
-         json.dumps(arguments or {})],
-        env=environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
+             json.dumps(arguments or {})],
+            env=environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise JaxherdError(
+            f"{case} {arguments} did not compile for {chip} within {timeout:.0f} s; allow more."
+        ) from error
     if done.returncode:
         raise JaxherdError(f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -101,6 +101,11 @@ def entries(shape, chip):
     return found
 
 
+def _short(error: str) -> str:
+    """What the child said after the case's name."""
+    return " ".join(error.split("did not compile", 1)[-1].split())[:90]
+
+
 def rows(chips, names, contestants):
     from jaxherd.planning.cycles import estimate
 
@@ -112,9 +117,9 @@ def rows(chips, names, contestants):
                 moved = moved_bytes(name, chip) if contestant == "ours" else None
                 arguments = {"name": name, "contestant": contestant}
                 try:
-                    found = estimate(chip, here, arguments, moved=moved)
+                    found = estimate(chip, here, arguments, moved=moved, timeout=150)
                 except JaxherdError as error:
-                    yield chip, name, contestant, str(error).splitlines()[0][:160]
+                    yield chip, name, contestant, _short(str(error))
                     continue
                 base = base or found
                 yield chip, name, contestant, (found, base)
