@@ -78,8 +78,8 @@ def form_of(
     floats = chip == "tpu7x" and w.code == activations == "float8_e4m3fn"
     if tiles is None:
         limits = LIMITS.get(chip or "", FALLBACK)
-        shape = (x_MK.shape[0], *w.shape)
-        tiles = choose(limits, shape, operands_of(x_MK, w), transposed=transposed)
+        K, N = w.shape
+        tiles = choose(limits, (x_MK.shape[0], K, N), operands_of(x_MK, w), transposed=transposed)
     return _Form(
         tiles,
         w.packed,
@@ -156,7 +156,9 @@ def matmul(
         in_specs=in_specs,
         out_specs=out_spec,
         out_shape=out,
-        scratch_shapes=[pltpu.VMEM(out_spec.block_shape, _accumulator(form))]
+        scratch_shapes=[
+            pltpu.VMEM((tiles.m, tiles.k if transposed else tiles.n), _accumulator(form))
+        ]
         if form.steps > 1
         else [],
         cost_estimate=pl.CostEstimate(

@@ -117,7 +117,7 @@ def rows(chips, names, contestants):
                 moved = moved_bytes(name, chip) if contestant == "ours" else None
                 arguments = {"name": name, "contestant": contestant}
                 try:
-                    found = estimate(chip, here, arguments, moved=moved, timeout=150)
+                    found = estimate(chip, here, arguments, moved=moved)
                 except JaxherdError as error:
                     yield chip, name, contestant, _short(str(error))
                     continue
