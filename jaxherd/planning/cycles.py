@@ -1,7 +1,7 @@
 """The TPU compiler's own cycle estimates of every operation of a program, Pallas kernels included.
 
 libtpu writes them where `LIBTPU_INIT_ARGS` asks for a static profile.  They price the instructions
-of one core and hardly the memory: take the larger of them and bytes / bandwidth.  They do not hold
+of one device (on v5p both cores share a grid) and hardly the memory: take the larger of them and bytes / bandwidth.  They do not hold
 where a grid or its index maps depend on data, and some operations end the process that asks
 (hence a child): then the program has no estimate.
 """
@@ -19,7 +19,7 @@ _SUFFIX = "_static_llo_profile.textproto"
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What the compiler says of one program on one core.
+    """What the compiler says of one program on one device.
 
     Attributes:
       operations: estimated cycles by name of the operation, on the TensorCore.

@@ -143,7 +143,7 @@ def main() -> None:
     header = ("chip", "product", "by", "compute", "MB", "floor", "cycles", "ratio", "bytes ratio")
     import libtpu
 
-    line(f"libtpu {libtpu.__version__}, jax {jax.__version__}; estimated cycles of one core")
+    line(f"libtpu {libtpu.__version__}, jax {jax.__version__}; estimated cycles of one device")
     line(separator.join(header))
     if chosen.markdown:
         line(" | ".join("---" for _ in header))
