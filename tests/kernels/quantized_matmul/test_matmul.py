@@ -42,14 +42,14 @@ def product(spec: ArgSpec, implementation: str):
     )  # fmt: skip
 
 
-def compare(spec: ArgSpec, implementation: str, dtype) -> None:
+def compare(spec: ArgSpec, implementation: str, dtype, tolerance=None) -> None:
     if implementation == "pallas_gpu" and spec.code == "int4":
         spec = dataclasses.replace(spec, packed=True, inner=spec.inner + spec.inner % 2)
     x, w, _ = operands(spec, dtype)
     parity = Parity(functools.partial(quantized_matmul, activations=spec.activations), (0,))
     parity.check(
         implementation, (x, w), interpret=implementation.startswith("pallas"),
-        gradients=spec.activations is None,
+        gradients=spec.activations is None, tolerance=tolerance,
     )  # fmt: skip
 
 
@@ -78,7 +78,9 @@ class TestParity:
         inner = (group or 1) * (3 if group else 37 if odd else 130)
         symmetric = symmetric or code == "float8_e4m3fn"
         spec = ArgSpec(rows, inner, columns, code, group, packed, symmetric)
-        compare(spec, implementation, dtype)
+        # The largest of very few entries may itself have cancelled: weights rounded to bfloat16
+        # then weigh more.  float32 keeps the strict bound.
+        compare(spec, implementation, dtype, 0.1 if dtype == jnp.bfloat16 else None)
 
 
 # Several steps on every axis, the last ones ragged, in both directions.
