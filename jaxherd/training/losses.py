@@ -16,6 +16,7 @@ from jaxherd.core import sharding
 
 # A chunk's float32 logits take at most this many bytes on one device.
 CHUNK_BYTES = 1 << 28
+_LANES = 128
 
 
 @jax.custom_vjp
@@ -130,13 +131,18 @@ class _Parts:
 
     def gather(self, tree: Any) -> Any:
         """Return the tree of whole arrays."""
-        return self._each(lambda x, axes, d: jax.lax.all_gather(x, axes, axis=d, tiled=True), tree)
+
+        def one(x, axes, dimension):
+            for axis in reversed((axes,) if isinstance(axes, str) else axes):
+                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+            return x
+
+        return self._each(one, tree)
 
     def scatter(self, tree: Any) -> Any:
         """Return this device's parts of the trees' sum over the devices that share them."""
 
         def one(x, axes, dimension):
-            # Axis by axis, the outer first: over several at once the TPU compiler sums whole.
             for axis in (axes,) if isinstance(axes, str) else axes:
                 x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
             return x
@@ -144,13 +150,20 @@ class _Parts:
         return self._each(one, tree)
 
     def _each(self, move: Callable, tree: Any) -> Any:
+        # Axis by axis and in whole lanes: over several axes at once, or with a vocabulary that no
+        # multiple of 128 is, the TPU compiler sums arrays whole instead.
         leaves, structure = jax.tree.flatten(tree)
         moved = []
         for leaf, spec in zip(leaves, self.specs or [()] * len(leaves)):
-            for dimension, axes in enumerate(spec):
-                if axes:
-                    leaf = move(leaf, axes, dimension)
-            moved.append(leaf)
+            split = [(dimension, axes) for dimension, axes in enumerate(spec) if axes]
+            columns = leaf.shape[-1] if leaf.ndim else 0
+            outer = bool(split) and split[-1][0] < leaf.ndim - 1
+            if outer and columns > _LANES:
+                widths = [(0, 0)] * (leaf.ndim - 1) + [(0, -columns % _LANES)]
+                leaf = jnp.pad(leaf, widths)
+            for dimension, axes in split:
+                leaf = move(leaf, axes, dimension)
+            moved.append(leaf[..., :columns] if outer else leaf)
         return structure.unflatten(moved)
 
 
