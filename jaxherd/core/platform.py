@@ -7,6 +7,7 @@ traced on a machine whose default backend is the CPU.
 import jax
 
 from jaxherd.core import sharding
+from jaxherd.core.chips import CHIPS
 
 
 def platform() -> str:
@@ -17,3 +18,13 @@ def platform() -> str:
     else:
         name = jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def chip() -> str | None:
+    """Return the chip's name in `core.chips.CHIPS` ("v5p"), or None if it is not there."""
+    partitioner = sharding.active()
+    device = partitioner.mesh.devices.flat[0] if partitioner is not None else jax.devices()[0]
+    for name, entry in CHIPS.items():
+        if entry.device_kind == device.device_kind:
+            return name
+    return None

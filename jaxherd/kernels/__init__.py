@@ -1,7 +1,7 @@
 """Numerical kernels behind one call each; every one has an XLA reference that defines it."""
 
 from jaxherd.kernels.attention import AttentionMask, attention
-from jaxherd.kernels.grouped_matmul import grouped_matmul
+from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxherd.kernels.quantized_matmul import QuantizedMatrix, quantize, quantized_matmul
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "QuantizedMatrix",
     "attention",
     "grouped_matmul",
+    "grouped_swiglu",
     "quantize",
     "quantized_matmul",
 ]

@@ -21,11 +21,11 @@ def draw(seed: int, shape: tuple[int, ...]) -> jax.Array:
 def test_code_is_within_half_a_step(bits, group, symmetric):
     w = draw(0, (64, 24)).at[:, 3].set(0.0)
     code = quantize(w, bits=bits, group=group, symmetric=bool(symmetric))
-    steps = jnp.repeat(code.scales_BN, 64 // code.scales_BN.shape[0], axis=0)
+    steps = jnp.repeat(code.scales, 64 // code.scales.shape[0], axis=0)
     # A rounded zero point may cost another half step at the ends of the range.
     bound = (0.501 if symmetric else 1.001) * steps
     assert bool((jnp.abs(code.dequantize() - w) <= bound).all())
-    assert code.values_KN.dtype == (jnp.int4 if bits == 4 else jnp.int8)
+    assert code.values.dtype == (jnp.int4 if bits == 4 else jnp.int8)
     np.testing.assert_array_equal(code.dequantize()[:, 3], 0)
 
 

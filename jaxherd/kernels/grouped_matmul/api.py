@@ -1,19 +1,27 @@
-"""One entry to the grouped product; `implementation` says which code runs."""
+"""Entries to the grouped products; `implementation` says which code runs.
+
+Axis letters: M rows, K inner, G groups, N columns.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.core.platform import platform
+from jaxherd.core.platform import chip, platform
 from jaxherd.kernels.grouped_matmul import blocked, reference
+from jaxherd.kernels.grouped_matmul.tiles import limits_of
+from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
 
-IMPLEMENTATIONS = ("reference", "blocked", "ragged_dot", "megablox")
+IMPLEMENTATIONS = ("reference", "blocked", "ragged_dot", "megablox", "pallas_tpu", "pallas_gpu")
+_NEEDS = {"megablox": "tpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 def grouped_matmul(
     x_MK: Float[Array, "M K"],
-    w_GKN: Float[Array, "G K N"],
+    w_GKN: Float[Array, "G K N"] | QuantizedMatrix,
     group_sizes_G: Int[Array, "G"],
     *,
     implementation: str | None = None,
@@ -22,38 +30,148 @@ def grouped_matmul(
     """Multiply consecutive groups of rows by their own matrices, dropping nothing.
 
     y[m] = x[m] w[g(m)], where the first `group_sizes[0]` rows belong to group 0, and so on.  Rows
-    past the sum of the sizes belong to no group and give zeros.
+    past the sum of the sizes belong to no group and give zeros, whatever they hold.
+
+    `implementation` is one of
+
+    - "reference": the definition, G times the work; any platform.
+    - "blocked": a loop of XLA products over blocks of rows; any platform.
+    - "ragged_dot": XLA's own; any platform.
+    - "megablox": jax's Pallas kernel; TPU.
+    - "pallas_tpu": ours.  By the compiler's account 0.92 of megablox's bundles per tile forward on
+      v5e and v5p, and a matrix is read once per group instead of once per tile of rows (README.md
+      beside this file has the table).
+    - "pallas_gpu": ours, through Triton; compiled for H100, not timed.
+    - None: pallas_tpu on TPU, blocked elsewhere.
 
     Args:
       x_MK: rows sorted by group.
-      w_GKN: one matrix a group.
+      w_GKN: one matrix a group; a code is dequantised inside pallas_tpu, before the product
+        elsewhere, and is a constant to the gradient.
       group_sizes_G: rows of each group; zero is allowed; the sum is at most M.
-      implementation: "reference", "blocked" (XLA loop), "ragged_dot" (XLA's own), "megablox"
-        (jax's Pallas kernel, TPU), or None, which takes megablox on TPU and blocked elsewhere.
+      implementation: see above.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
     Returns:
-      [M, N] in the dtype of `x_MK`, accumulated in float32.
+      [M, N] in the dtype of `x_MK`, accumulated in float32.  Products of float32 operands have the
+      platform's default precision.
     Raises:
-      JaxherdError: an unknown implementation.
+      JaxherdError: an unknown implementation, one that this platform cannot run, or shapes that
+        do not fit each other.
     """
-    if implementation is None:
-        implementation = "megablox" if platform() == "tpu" else "blocked"
-    if implementation == "reference":
+    name = _choose("grouped_matmul", implementation, interpret)
+    _check("grouped_matmul", x_MK, [w_GKN], group_sizes_G)
+    return _product(name, x_MK, w_GKN, group_sizes_G, interpret)
+
+
+def grouped_swiglu(
+    x_MK: Float[Array, "M K"],
+    gate_GKN: Float[Array, "G K N"] | QuantizedMatrix,
+    up_GKN: Float[Array, "G K N"] | QuantizedMatrix,
+    group_sizes_G: Int[Array, "G"],
+    *,
+    row_scale_M: Float[Array, "M"] | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """Return the hidden layer of gated experts: silu(u gate[g]) * (u up[g]) with u = s x.
+
+    s is a factor of each row, as Llama 4's router score on the expert input (llama4.md section 3).
+    The definition rounds s x to the dtype of x, then each product to it.  pallas_tpu reads x once
+    for both products, and s meets their float32 sums: s (x w) = (s x) w.  The others multiply
+    first and make two grouped products.
+
+    Args:
+      x_MK: rows sorted by group.
+      gate_GKN, up_GKN: as `w_GKN` of `grouped_matmul`.
+      group_sizes_G: rows of each group; rows past their sum give zeros.
+      row_scale_M: s, or None for 1.
+      implementation, interpret: see `grouped_matmul`.
+    Returns:
+      [M, N] in the dtype of `x_MK`.
+    Raises:
+      JaxherdError: as `grouped_matmul`.
+    """
+    name = _choose("grouped_swiglu", implementation, interpret)
+    _check("grouped_swiglu", x_MK, [gate_GKN, up_GKN], group_sizes_G)
+    if name == "pallas_tpu":
+        from jaxherd.kernels.grouped_matmul import pallas_tpu
+
+        return pallas_tpu.grouped_swiglu(
+            x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits_of(chip()), interpret
+        )
+    if row_scale_M is not None:
+        x_MK = x_MK * row_scale_M[:, None].astype(x_MK.dtype)
+    gate_MN = _product(name, x_MK, gate_GKN, group_sizes_G, interpret)
+    return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, group_sizes_G, interpret)
+
+
+def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool):
+    if name == "pallas_tpu":
+        from jaxherd.kernels.grouped_matmul import pallas_tpu
+
+        return pallas_tpu.grouped_matmul(
+            x_MK, w_GKN, group_sizes_G, limits_of(chip()), interpret
+        )  # fmt: skip
+    if isinstance(w_GKN, QuantizedMatrix):
+        # The definition multiplies the exact values of the code; the others what x's dtype holds.
+        w_GKN = w_GKN.dequantize(jnp.float32 if name == "reference" else x_MK.dtype)
+        w_GKN = jax.lax.stop_gradient(w_GKN)
+    if name == "reference":
         return reference.grouped_matmul(x_MK, w_GKN, group_sizes_G)
-    if implementation == "blocked":
+    if name == "blocked":
         return blocked.grouped_matmul(x_MK, w_GKN, group_sizes_G, False)
-    if implementation == "ragged_dot":
+    if name == "ragged_dot":
         y_MN = jax.lax.ragged_dot(x_MK, w_GKN, group_sizes_G.astype(jnp.int32))
         return _zero_tail(y_MN, group_sizes_G)
-    if implementation == "megablox":
-        from jaxherd.kernels.grouped_matmul import megablox
+    if name == "pallas_gpu":
+        from jaxherd.kernels.grouped_matmul import pallas_gpu
 
-        y_MN = megablox.grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret)
-        return _zero_tail(y_MN, group_sizes_G)
-    raise JaxherdError(
-        f"grouped_matmul: no implementation {implementation!r}; "
-        + nearest(implementation, IMPLEMENTATIONS)
-    )
+        return pallas_gpu.grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret)
+    from jaxherd.kernels.grouped_matmul import megablox
+
+    return _zero_tail(
+        megablox.grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret), group_sizes_G
+    )  # fmt: skip
+
+
+def _choose(function: str, implementation: str | None, interpret: bool) -> str:
+    here = platform()
+    if implementation is None:
+        return "pallas_tpu" if here == "tpu" else "blocked"
+    if implementation not in IMPLEMENTATIONS:
+        raise JaxherdError(
+            f"{function}: no implementation {implementation!r}; "
+            + nearest(implementation, IMPLEMENTATIONS)
+        )
+    needs = _NEEDS.get(implementation, here)
+    if needs != here and not interpret:
+        raise JaxherdError(
+            f"{function}: {implementation!r} runs on {needs} and this program is for {here}; take "
+            "'blocked', or interpret=True to try it."
+        )
+    return implementation
+
+
+def _check(function: str, x_MK, weights: list[Any], group_sizes_G) -> None:
+    w_GKN = weights[0]
+    if len(w_GKN.shape) != 3 or w_GKN.shape[1] != x_MK.shape[1]:
+        raise JaxherdError(
+            f"{function}: x has K = {x_MK.shape[1]} and the matrices the shape "
+            f"{tuple(w_GKN.shape)}, which should be [groups, K, N]."
+        )
+    if w_GKN.shape[0] != group_sizes_G.shape[0]:
+        raise JaxherdError(
+            f"{function}: {group_sizes_G.shape[0]} group sizes for {w_GKN.shape[0]} matrices."
+        )
+    kinds = {
+        (w.code, w.packed, w.blocks) if isinstance(w, QuantizedMatrix) else w.dtype for w in weights
+    }
+    if len({tuple(w.shape) for w in weights}) > 1 or len(kinds) > 1:
+        raise JaxherdError(
+            f"{function}: gate and up differ in shape or kind: "
+            + " and ".join(f"{type(w).__name__} {tuple(w.shape)}" for w in weights)
+            + "; give both the same."
+        )
 
 
 def _zero_tail(y_MN, group_sizes_G):

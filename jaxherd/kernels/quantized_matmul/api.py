@@ -38,12 +38,15 @@ def quantized_matmul(
             f"quantized_matmul: no implementation {implementation!r}; "
             + nearest(implementation, IMPLEMENTATIONS)
         )
+    quantized_w_KN.check()
     w = quantized_w_KN
     if implementation == "reference":
         y_MN = jnp.dot(x_MK.astype(jnp.float32), w.dequantize())
-    elif w.scales_BN.shape[0] == 1 and w.zeros_BN is None:
-        y_MN = jnp.dot(x_MK, w.values_KN.astype(x_MK.dtype), preferred_element_type=jnp.float32)
-        y_MN = y_MN * w.scales_BN
+    elif w.blocks == 1 and w.zeros is None:
+        y_MN = jnp.dot(
+            x_MK, w.unpack().values.astype(x_MK.dtype), preferred_element_type=jnp.float32
+        )
+        y_MN = y_MN * w.scales.astype(jnp.float32)
     else:
         y_MN = jnp.dot(x_MK, w.dequantize(x_MK.dtype), preferred_element_type=jnp.float32)
     return y_MN.astype(x_MK.dtype)

@@ -1,15 +1,25 @@
-"""A weight matrix in few bits, as a pytree.
+"""The leaf type of weights in few bits: one pytree for training, export, experts and serving.
 
-Axis letters: K inner, N columns, B = K / group blocks along K.
+Axis letters: S stacked axes (layers, experts), K inner, N columns, B = K / group blocks along K.
+
+Why not `QArray` of qwix 0.1.8, whose three arrays are the same: it is a Flax dataclass, and kernels
+import no Flax; it has no packing of two values a byte, which GGUF, the Llama 4 files and the decode
+kernels are about; and its zero points must have the dtype of the values.  `formats.to_qwix` and
+`formats.from_qwix` convert.
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from einops import rearrange
+from jaxtyping import Array, Int, Shaped
 
 from jaxherd.core.errors import JaxherdError
+
+CODES = ("int8", "int4", "float8_e4m3fn")
 
 
 @jax.tree_util.register_dataclass
@@ -17,64 +27,131 @@ from jaxherd.core.errors import JaxherdError
 class QuantizedMatrix:
     """w[k, n] = scales[k // group, n] * (values[k, n] - zeros[k // group, n]).
 
+    A pytree with two or three leaves, of which every leading axis is a stack: `jax.jit`, `vmap`,
+    `lax.scan`, shardings and Orbax take it as they take any tree.  A split along K must keep whole
+    groups (and whole bytes).  The fields have no array types because trees of shardings, specs and
+    abstract values have this class too.
+
     Attributes:
-      values_KN: integers, in int4 or int8.
-      scales_BN: float32, one for each group of K and column; B = 1 is one per column.
-      zeros_BN: zero points, or None for a symmetric code.
+      values: [*S, K, N] in int8, int4 or float8_e4m3fn; packed, [*S, K / 2, N] in int8, whose byte
+        i holds row 2 i in its low and row 2 i + 1 in its high nibble (llama4.md section 9).
+      scales: [*S, B, N] in float32, bfloat16 or float16; B = 1 is one scale per column.
+      zeros: [*S, B, N] zero points as floats, or None for a symmetric code.
+      packed: whether `values` holds two int4 values a byte.
     """
 
-    values_KN: Int[Array, "K N"]
-    scales_BN: Float[Array, "B N"]
-    zeros_BN: Float[Array, "B N"] | None = None
+    values: Any
+    scales: Any
+    zeros: Any = None
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(K, N)."""
-        return self.values_KN.shape
+        """(*S, K, N)."""
+        *stack, rows, columns = self.values.shape
+        return (*stack, 2 * rows if self.packed else rows, columns)
 
-    def dequantize(self, dtype=jnp.float32) -> Float[Array, "K N"]:
-        """Return the matrix in floating point."""
-        rows, columns = self.values_KN.shape
-        blocks = self.scales_BN.shape[0]
-        values = self.values_KN.astype(jnp.float32).reshape(blocks, rows // blocks, columns)
-        if self.zeros_BN is not None:
-            values = values - self.zeros_BN[:, None]
-        return (values * self.scales_BN[:, None]).reshape(rows, columns).astype(dtype)
+    @property
+    def ndim(self) -> int:
+        """2 and the number of stacked axes."""
+        return len(self.values.shape)
+
+    @property
+    def code(self) -> str:
+        """The element type, one of `CODES`, whether packed or not."""
+        return "int4" if self.packed else jnp.dtype(self.values.dtype).name
+
+    @property
+    def blocks(self) -> int:
+        """B, the scales along K."""
+        return self.scales.shape[-2]
+
+    @property
+    def group(self) -> int:
+        """Rows of K that share a scale; K itself for one scale per column."""
+        return self.shape[-2] // self.blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold it, an unpacked int4 counted as half a byte, as TPUs store it."""
+        half = 0.5 if self.code == "int4" else 1.0
+        scales = self.scales.size * self.scales.dtype.itemsize
+        zeros = 0 if self.zeros is None else self.zeros.size * self.zeros.dtype.itemsize
+        return int(math.prod(self.shape) * half) + scales + zeros
+
+    def check(self) -> None:
+        """Raise what is wrong with the shapes and dtypes of the parts.
+
+        Raises:
+          JaxherdError: an unknown code, scales that do not divide K or have other stacked axes.
+        """
+        if self.code not in CODES or (self.packed and self.values.dtype != jnp.int8):
+            raise JaxherdError(
+                f"QuantizedMatrix: values of {self.values.dtype} are none of {', '.join(CODES)}."
+            )
+        *stack, rows, columns = self.shape
+        for name, part in (("scales", self.scales), ("zeros", self.zeros)):
+            if part is None:
+                continue
+            ok = len(part.shape) == self.ndim and part.shape[-1] == columns
+            if not (ok and [*part.shape[:-2]] == stack and part.shape[-2] >= 1):
+                raise JaxherdError(
+                    f"QuantizedMatrix: {name} of shape {tuple(part.shape)} do not fit the matrix "
+                    f"{self.shape}."
+                )
+            if rows % part.shape[-2] or part.shape[-2] != self.blocks:
+                raise JaxherdError(
+                    f"QuantizedMatrix: {part.shape[-2]} blocks of {name} do not divide K = {rows}."
+                )
+        if self.packed and self.blocks > 1 and self.group % 2:
+            raise JaxherdError(
+                f"QuantizedMatrix: a group of {self.group} rows cuts a byte of two in half."
+            )
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Shaped[Array, "*S K N"]:
+        """Return the matrix in floating point, computed in float32 and rounded once."""
+        values = unpack_int4(self.values) if self.packed else self.values
+        values = rearrange(
+            values.astype(jnp.float32), "... (b g) n -> ... b g n", b=self.scales.shape[-2]
+        )
+        if self.zeros is not None:
+            values = values - self.zeros.astype(jnp.float32)[..., None, :]
+        w = values * self.scales.astype(jnp.float32)[..., None, :]
+        return rearrange(w, "... b g n -> ... (b g) n").astype(dtype)
+
+    def pack(self) -> "QuantizedMatrix":
+        """Return the same int4 matrix with two values a byte.
+
+        Raises:
+          JaxherdError: another code, or an odd K.
+        """
+        if self.packed:
+            return self
+        if self.code != "int4":
+            raise JaxherdError(f"only int4 values can be packed, not {self.code}.")
+        return dataclasses.replace(self, values=pack_int4(self.values), packed=True)
+
+    def unpack(self) -> "QuantizedMatrix":
+        """Return the same matrix with one value an element."""
+        if not self.packed:
+            return self
+        values = unpack_int4(self.values).astype(jnp.int4)
+        return dataclasses.replace(self, values=values, packed=False)
 
 
-def quantize(
-    w_KN: Float[Array, "K N"], *, bits: int = 8, group: int | None = None, symmetric: bool = True
-) -> QuantizedMatrix:
-    """Return the nearest code of a matrix.
+def pack_int4(values: Int[Array, "*S K N"]) -> Int[Array, "*S K/2 N"]:
+    """Return int8 bytes of two rows each, the even row in the low nibble.
 
-    Symmetric: scale = max |w| / (2^(bits-1) - 1/2), values clipped to the integer range.
-    Asymmetric: scale = (max - min) / (2^bits - 1) and a zero point.
-
-    Args:
-      w_KN: weights, inner axis first.
-      bits: 4 or 8.
-      group: rows of K that share a scale; None takes one scale per column.
-      symmetric: without a zero point.
     Raises:
-      JaxherdError: other bits, or a group that does not divide K.
+      JaxherdError: an odd number of rows.
     """
-    rows, columns = w_KN.shape
-    if bits not in (4, 8):
-        raise JaxherdError(f"quantize: bits must be 4 or 8, got {bits}.")
-    group = rows if group is None else group
-    if group < 1 or rows % group:
-        raise JaxherdError(f"quantize: a group of {group} does not divide K = {rows}.")
-    dtype = jnp.int4 if bits == 4 else jnp.int8
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    w = w_KN.astype(jnp.float32).reshape(rows // group, group, columns)
-    if symmetric:
-        scales = jnp.maximum(jnp.abs(w).max(axis=1), 1e-12) / (high + 0.5)
-        values = jnp.round(w / scales[:, None])
-        zeros = None
-    else:
-        least, most = jnp.minimum(w.min(axis=1), 0.0), jnp.maximum(w.max(axis=1), 0.0)
-        scales = jnp.maximum(most - least, 1e-12) / (high - low)
-        zeros = jnp.round(low - least / scales)
-        values = jnp.round(w / scales[:, None]) + zeros[:, None]
-    values = jnp.clip(values, low, high).astype(dtype).reshape(rows, columns)
-    return QuantizedMatrix(values, scales, zeros)
+    if values.shape[-2] % 2:
+        raise JaxherdError(f"packing two int4 rows a byte needs an even K, not {values.shape[-2]}.")
+    v = values.astype(jnp.int8)
+    return (v[..., 0::2, :] & 0xF) | (v[..., 1::2, :] << 4)
+
+
+def unpack_int4(packed: Int[Array, "*S P N"]) -> Int[Array, "*S K N"]:
+    """Return the int8 values -8..7 of packed bytes: the inverse of `pack_int4`."""
+    low, high = (packed << 4) >> 4, packed >> 4  # arithmetic shifts keep the sign
+    return rearrange(jnp.stack([low, high], axis=-2), "... p two n -> ... (p two) n")

@@ -1,0 +1,118 @@
+"""What the kernels visit and read, counted from the schedule and the index maps alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxherd.kernels import quantize
+from jaxherd.kernels.grouped_matmul import pallas_tpu_forward
+from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS
+from jaxherd.kernels.grouped_matmul.schedule import (
+    forward_schedule,
+    gradient_schedule,
+    most_visits,
+)
+from jaxherd.kernels.grouped_matmul.tiles import FALLBACK, LIMITS, forward_tiles, gradient_tiles
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=7)
+_forward = jax.jit(forward_schedule, static_argnums=(1, 2))
+_gradient = jax.jit(gradient_schedule, static_argnums=(1, 2))
+
+
+def visits(schedule):
+    count = int(schedule.count)
+    return [tuple(int(part[v]) for part in schedule[1:6]) for v in range(count)]
+
+
+@given(sizes=SIZES, extra=st.sampled_from([0, 1, 37]), tile=st.sampled_from([8, 16]))
+def test_every_row_is_written_once(sizes, extra, tile):
+    sizes = (sizes * 7)[:7]
+    rows = max(sum(sizes) + extra, 1)
+    schedule = _forward(jnp.asarray(sizes, jnp.int32), rows, tile)
+    owner = np.full(rows, -1)
+    live, found = int(schedule.live_1[0]), visits(schedule)
+    assert len(found) <= most_visits(rows, len(sizes), tile)
+    for number, (at, source, group, start, stop) in enumerate(found):
+        part = range(max(start, at * tile), min(stop, (at + 1) * tile, rows))
+        assert len(part) > 0, "a visit without a row"
+        assert (owner[part] == -1).all()
+        owner[part] = group if number < live else len(sizes)
+        assert number >= live or source == at
+    wanted = np.repeat(np.arange(len(sizes) + 1), [*sizes, rows - sum(sizes)])
+    np.testing.assert_array_equal(owner, wanted)
+    tiles = [at for at, *_ in found]
+    assert tiles == sorted(tiles), "a tile that is left may not be visited again"
+
+
+@given(sizes=SIZES, tile=st.sampled_from([8, 16]))
+def test_every_group_has_a_gradient(sizes, tile):
+    sizes = (sizes * 7)[:7]
+    rows = max(sum(sizes), 1)
+    schedule = _gradient(jnp.asarray(sizes, jnp.int32), rows, tile)
+    found = visits(schedule)
+    assert len(found) <= most_visits(rows, len(sizes), tile)
+    groups = [group for _, _, group, _, _ in found]
+    assert sorted(set(groups)) == list(range(7)) and groups == sorted(groups)
+    summed = np.zeros(7, int)
+    for at, _, group, start, stop in found:
+        assert 0 <= at <= (rows - 1) // tile
+        summed[group] += max(0, min(stop, (at + 1) * tile) - max(start, at * tile))
+    np.testing.assert_array_equal(summed, sizes)
+
+
+def matrices_read(rows, sizes, tile):
+    """Return which matrices the kernel copies for one strip of columns: changes of its block."""
+    schedule = _forward(jnp.asarray(sizes, jnp.int32), rows, tile)
+    blocks = [group for _, _, group, _, _ in visits(schedule)]
+    return [group for group, before in zip(blocks, [None, *blocks]) if group != before]
+
+
+def test_two_rows_over_128_experts_read_two_matrices():
+    """By the blocks the grid names, and by the cost that is told to XLA."""
+    sizes = np.zeros(128, np.int32)
+    sizes[[17, 93]] = 1
+    assert matrices_read(2, sizes, 16) == [17, 93]
+    assert matrices_read(64, sizes, 16) == [17, 93], "62 rows of the tail read nothing"
+    spec = ARG_SPECS["maverick_decode_2"]
+    x = jax.ShapeDtypeStruct((2, spec.inner), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((128, spec.inner, spec.columns), jnp.bfloat16)
+    tiles = forward_tiles(
+        2, spec.inner, spec.columns, LIMITS["v5e"], x_bytes=2, w_bytes=2, matrices=2
+    )
+    cost = pallas_tpu_forward.cost(x, (w, w), 2, spec.columns, 128, tiles)
+    two_experts = 2 * 2 * spec.inner * spec.columns * 2
+    assert two_experts <= cost.bytes_accessed <= 1.01 * two_experts
+
+
+def test_a_matrix_is_read_once_for_all_its_tiles():
+    assert matrices_read(512, [100, 0, 300, 0, 112], 64) == [0, 2, 4]
+    assert matrices_read(512, [0, 0, 0, 0, 0], 64) == [0], "some block must stand there"
+
+
+def test_codes_are_priced_by_their_bytes():
+    w = quantize(jnp.ones((4, 256, 512)), bits=4, packed=True)
+    tiles = forward_tiles(4, 256, 512, FALLBACK, x_bytes=2, w_bytes=0.5)
+    x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+    cost = pallas_tpu_forward.cost(x, (w,), 4, 512, 4, tiles)
+    wanted = 4 * (256 * 512 // 2 + 512 * 4) + 2 * 4 * (256 + 512)
+    assert cost.bytes_accessed == wanted
+
+
+@pytest.mark.parametrize("chip", [*LIMITS, None])
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_tiles_fit_the_chip(chip, name):
+    spec, limits = ARG_SPECS[name], LIMITS.get(chip, FALLBACK)
+    tiles = forward_tiles(
+        spec.rows, spec.inner, spec.columns, limits, x_bytes=2, w_bytes=2,
+        matrices=2 if spec.form == "swiglu" else 1,
+    )  # fmt: skip
+    if chip is not None:
+        assert tiles.inner == spec.inner, "all of K stays, so that matrices are read once"
+    assert tiles.rows % tiles.row_chunk == 0 and tiles.columns % 128 == 0
+    gradient = gradient_tiles(spec.rows, spec.inner, spec.columns, limits)
+    held = gradient.inner * gradient.columns * (4 + 2 * 2)
+    held += 2 * 2 * gradient.rows * (gradient.inner + gradient.columns)
+    assert held <= limits.vmem_bytes
