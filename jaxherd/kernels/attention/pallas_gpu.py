@@ -41,6 +41,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     ids = index_rule(mask, length, length).q_ids_BT
     if ids is not None:
         ids = jnp.broadcast_to(jnp.asarray(ids), (batch, length))
+    if not mask.contiguous:
+        # Large scores of padding with itself would round to an overflow in the gradient.
+        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
     out_BTNH = triton.mha(
         q_BTNH,
         jnp.repeat(k_BSKH, groups, axis=2),

@@ -142,6 +142,10 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
         raise JaxherdError(f"attention: splash cannot run because {reason}; use 'xla'.")
     batch, length, size = *q_BTNH.shape[:2], mask.size
     flops = pass_flops(mask, q_BTNH, k_BSKH)
+    q_BTNH = q_BTNH * scale
+    if not mask.contiguous:
+        # Large scores of padding with itself would round to an overflow in the gradient.
+        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
     if (
         mask.contiguous and mask.kind == "chunked" and size and size < length
         and length % size == 0 and size % _LANES == 0
@@ -156,7 +160,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     local = functools.partial(attend_rule, flops=flops, interpret=interpret)
     partitioner = sharding.active()
     if partitioner is None or partitioner.mesh.size == 1:
-        out_BTNH = local(q_BTNH * scale, k_BSKH, v_BSKH, rule)
+        out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, rule)
     else:
         heads = partitioner.spec(("batch", None, "act_heads", None))
         kv_heads = partitioner.spec(("batch", None, "act_kv_heads", None))
@@ -178,7 +182,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
             in_specs=(heads, kv_heads, kv_heads, *(rows for _ in moving)),
             out_specs=heads,
             check_vma=False,
-        )(q_BTNH * scale, k_BSKH, v_BSKH, *moving)
+        )(q_BTNH, k_BSKH, v_BSKH, *moving)
     out_BTNH = out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
     if mask.contiguous:
         return out_BTNH
