@@ -4,10 +4,10 @@ from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.platform import platform
-from jaxherd.kernels.attention import reference
+from jaxherd.kernels.attention import reference, sequence_parallel
 from jaxherd.kernels.attention.mask import AttentionMask
 
-IMPLEMENTATIONS = ("reference", "xla", "splash", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "xla", "splash", "pallas_gpu", "gather", "ring")
 
 # Below this many scores per head and row the whole score matrix is cheaper than a loop.
 _DENSE_SCORES = 1 << 20
@@ -39,8 +39,9 @@ def attention(
       temperature_BT: a factor on each query, the same for its heads (Llama 4's layers without
         RoPE, llama4.md 2.3); the product is rounded to the queries' dtype.
       implementation: "reference" (the definition), "xla" (blocked when long), "splash" (jax's
-        splash attention, TPU), "pallas_gpu" (jax's Triton kernel) or None, which takes splash on
-        TPU where it applies and its padding is small, and xla otherwise.
+        splash attention, TPU), "pallas_gpu" (jax's Triton kernel), "gather" or "ring" (where
+        the length is sharded, see `sequence_parallel`) or None, which takes gather where the length
+        is sharded, splash on TPU where it applies and its padding is small, and xla otherwise.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
     Returns:
       [B, T, N, D] in the dtype of `q_BTHD`; a query that sees no key gives zeros.
@@ -62,6 +63,12 @@ def attention(
     factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     if implementation is None:
         implementation = "splash" if _splash_pays(q_BTHD, k_BSKD, mask) else "xla"
+        if sequence_parallel.applies(q_BTHD, k_BSKD, mask):
+            implementation = "gather"
+    if implementation in ("gather", "ring"):
+        return sequence_parallel.attend(
+            q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret=interpret
+        )
     if implementation == "splash":
         from jaxherd.kernels.attention import splash
 

@@ -84,8 +84,8 @@ def unsupported(q_BTNH, k_BSKH, mask: AttentionMask) -> str | None:
     return None
 
 
-def index_rule(mask: AttentionMask, length: int, keys: int) -> IndexRule:
-    """Return the mask by array index."""
+def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> IndexRule:
+    """Return the mask by array index; `offset` is the first query's among the keys."""
     size = mask.size if mask.is_local else None
     if mask.contiguous:
         index_T = np.arange(length, dtype=np.int32)
@@ -107,9 +107,10 @@ def index_rule(mask: AttentionMask, length: int, keys: int) -> IndexRule:
         k_chunks = jnp.arange(keys, dtype=jnp.int32)
     else:
         # The index at which each token's document has position 0.
-        document_BT = jnp.arange(length, dtype=jnp.int32) - p_BT
-        ids = mask.q_segments_BT
-        ids = k_ids = jnp.zeros_like(p_BT) if ids is None else ids
+        document_BT = offset + jnp.arange(length, dtype=jnp.int32) - p_BT
+        ids, k_ids = mask.q_segments_BT, mask.k_segments_BS
+        if ids is None or k_ids is None:
+            ids, k_ids = jnp.zeros_like(p_BT), jnp.zeros_like(mask.k_positions_BS)
         k_chunks = mask.k_positions_BS
     if mask.kind == "chunked" and size:
         chunks = p_BT // size
