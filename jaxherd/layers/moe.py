@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxherd.core import sharding
 from jaxherd.core.modules import Module, buffer, parameter
-from jaxherd.kernels.grouped_matmul import grouped_matmul
+from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.linear import normal
@@ -234,15 +234,18 @@ def _experts_of_device(
     back_R = jnp.argsort(order_R)
     rows_RD = permute(jnp.repeat(x_ND, config.top_k, axis=0), order_R, back_R)
     sorted_gate_R1 = permute(gate_R1, order_R, back_R)
-    if config.scale == "input":
-        rows_RD = rows_RD * sorted_gate_R1
     sizes_E = jnp.bincount(expert_R, length=config.num_experts).astype(jnp.int32)
 
     compute = functools.partial(_swiglu_experts, implementation)
     weights = (gate_EDF, up_EDF, down_EFD)
     if expert_axis is None:
-        out_RD = compute(rows_RD, sizes_E, weights)
+        # The kernel multiplies by the score, which saves a pass over the rows.
+        score_R = sorted_gate_R1[:, 0] if config.scale == "input" else None
+        out_RD = compute(rows_RD, sizes_E, weights, score_R)
     else:
+        # Rows that travel are written anyway: multiplied before, no score has to go with them.
+        if config.scale == "input":
+            rows_RD = rows_RD * sorted_gate_R1
         out_RD = exchange_rows(
             compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance
         )
@@ -254,12 +257,13 @@ def _experts_of_device(
     return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)
 
 
-def _swiglu_experts(implementation, rows_RD, sizes_E, weights):
-    """Return (silu(x W_gate) * x W_up) W_down of each row's expert; rows are sorted by expert."""
+def _swiglu_experts(implementation, rows_RD, sizes_E, weights, score_R=None):
+    """Return (silu(u W_gate) * u W_up) W_down of each row's expert, u = score x row.
+
+    Rows are sorted by expert.
+    """
     gate_EDF, up_EDF, down_EFD = weights
-
-    def product(a, w):
-        return grouped_matmul(a, w, sizes_E, implementation=implementation)
-
-    hidden_RF = jax.nn.silu(product(rows_RD, gate_EDF)) * product(rows_RD, up_EDF)
-    return product(hidden_RF, down_EFD)
+    hidden_RF = grouped_swiglu(
+        rows_RD, gate_EDF, up_EDF, sizes_E, row_scale_M=score_R, implementation=implementation
+    )
+    return grouped_matmul(hidden_RF, down_EFD, sizes_E, implementation=implementation)

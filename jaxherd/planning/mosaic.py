@@ -244,7 +244,7 @@ def _child(chip: str, case: str, arguments: dict) -> dict:
         ]
         started = time.monotonic()
         compiled = jax.jit(function).lower(*inputs).compile()
-    costs = compiled.cost_analysis()
+    costs = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     return {
         "flops": costs.get("flops", 0.0),

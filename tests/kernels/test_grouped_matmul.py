@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from parity import Parity
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import grouped_matmul, grouped_swiglu, quantize
-from jaxherd.kernels.grouped_matmul import api
+from jaxherd.kernels.grouped_matmul import api, pallas_tpu
 from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS
 from jaxherd.kernels.grouped_matmul.tiles import Limits
 
@@ -126,6 +127,21 @@ def test_inner_axis_in_blocks(monkeypatch):
     x, w = draw(40, 400, 150, 3)
     sizes = jnp.array([13, 0, 20], jnp.int32)
     MATMUL.check("pallas_tpu", (x, w, sizes), interpret=True, dirty=tail_of(sizes, np.nan))
+
+
+def test_uninitialised_memory_does_not_leak():
+    """The interpreter that models TPU memory: all of it starts as NaN, outputs and scratch too."""
+    memory = pltpu.InterpretParams(uninitialized_memory="nan")
+    sizes = jnp.array([13, 0, 20], jnp.int32)
+
+    def call(x, w, sizes, *, implementation, interpret):
+        if implementation == "reference":
+            return grouped_matmul(x, w, sizes, implementation="reference")
+        return pallas_tpu.grouped_matmul(x, w, sizes, SMALL, memory)
+
+    Parity(call, (0, 1)).check(
+        "pallas_tpu", (*draw(40, 24, 130, 3), sizes), dirty=tail_of(sizes, np.nan)
+    )
 
 
 @pytest.mark.parametrize("implementation", XLA)

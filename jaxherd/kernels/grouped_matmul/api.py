@@ -105,7 +105,7 @@ def grouped_swiglu(
     return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, group_sizes_G, interpret)
 
 
-def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool):
+def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool) -> Any:
     if name == "pallas_tpu":
         from jaxherd.kernels.grouped_matmul import pallas_tpu
 

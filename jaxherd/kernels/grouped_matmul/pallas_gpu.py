@@ -84,7 +84,7 @@ def _product_kernel(
         return sum_mn + pl.dot(x_mk, w_kn)
 
     # Visits of the tail make no step: their zeros are stored as they are.
-    steps = jnp.where(v < live[0], pl.cdiv(inner, k), 0)
+    steps = (v < live[0]).astype(jnp.int32) * pl.cdiv(inner, k)
     sum_mn = jax.lax.fori_loop(0, steps, step, jnp.zeros((m, n), jnp.float32))
     pltriton.store(
         y_ref.at[row_m[:, None], column_n[None, :]],

@@ -32,9 +32,11 @@ def _product(x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, transposed=
 def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False) -> Tiles:
     """Return the tiles of a forward product."""
     w = weights[0]
+    rows, inner = x_MK.shape
     choose = functools.partial(
         forward_tiles,
-        *x_MK.shape,
+        rows,
+        inner,
         w.shape[1 if transposed else 2],
         x_bytes=x_MK.dtype.itemsize,
         matrices=len(weights),
@@ -59,7 +61,8 @@ def _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN: Weights, limits, interpr
     if isinstance(w_GKN, QuantizedMatrix):
         return jax.tree.map(_no_gradient, w_GKN)
     dtype = w_GKN.dtype
-    tiles = gradient_tiles(*x_MK.shape, dy_MN.shape[1], limits)
+    rows, inner = x_MK.shape
+    tiles = gradient_tiles(rows, inner, dy_MN.shape[1], limits)
     return gradient(x_MK, dy_MN, group_sizes_G, tiles=tiles, dtype=dtype, interpret=interpret)
 
 

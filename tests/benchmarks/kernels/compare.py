@@ -43,7 +43,7 @@ class Entry:
       label: what it is.
       arguments: of the kernel file's `case`.
       kernels: parts of the names of the Pallas kernels to read; a line's figures are their sums.
-      inner_macs: multiplications of one pass of each kernel's inner region.
+      inner_macs: multiplications of one pass of each kernel's inner region; () if not known.
       total_macs: of the whole product.
       moved: bytes by the grid.
       floor_bytes: every operand once.
@@ -70,14 +70,20 @@ def measure(entry: Entry, file: str, chip_name: str) -> dict:
            "xla_bytes": costs["bytes"], "temp_mb": costs["temp_bytes"] / 1e6}  # fmt: skip
     row["moved_mb"] = entry.moved / 1e6
     read = [k for k in found if any(part in k.name for part in entry.kernels)]
+    read = [k for k in read if k.inner.used["MXU"]]
     if not read:
-        return {**row, "note": "no Pallas kernel"}
+        return {**row, "note": "no Pallas kernel with a matmul"}
+    row["bundles"] = sum(kernel.bundles for kernel in read)
+    if not entry.inner_macs:
+        inner = read[0].inner
+        return {**row, "mxu": inner.occupancy, "note": "tile not known"}
     parts, total = [], 0.0
     for kernel, macs in zip(read, entry.inner_macs):
         inner, share = kernel.inner, TILE / macs
         parts.append((inner, share))
         total += inner.bundles * entry.total_macs / len(entry.inner_macs) / macs
-    row["bundles"] = sum(kernel.bundles for kernel in read)
+    # A program with the same kernel twice has its schedule dumped once.
+    total *= len(entry.inner_macs) / len(parts)
     mean = 1 / len(parts)
     row["inner"] = sum(i.bundles * s for i, s in parts) * mean
     row["mxu"] = sum(i.occupancy for i, _ in parts) * mean
@@ -100,7 +106,10 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         if "inner" not in row:
-            lines.append(f"| {row['label']} | {row['note']} | | | | | | | | |")
+            mxu = f"{row['mxu']:.3f}" if "mxu" in row else ""
+            lines.append(
+                f"| {row['label']} | {row.get('bundles', '')} | {row['note']} | {mxu} | | | | | | |"
+            )
             continue
         lines.append(
             f"| {row['label']} | {row['bundles']} | {row['inner']:.0f} | {row['mxu']:.3f} "
@@ -116,7 +125,9 @@ def main() -> None:
     parser.add_argument("kernel", help="a file beside this one, without .py")
     parser.add_argument("--chip", nargs="+", default=["v5p"], choices=list(mosaic.TOPOLOGIES))
     parser.add_argument("--shape", default=None, help="integers with commas; the kernel's default")
-    parser.add_argument("--only", default="", help="lines whose label holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="lines whose label holds one of these"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     sys.modules["compare"] = sys.modules["__main__"]
@@ -127,7 +138,7 @@ def main() -> None:
     for chip in arguments.chip:
         rows = []
         for entry in entries(shape, chip):
-            if arguments.only not in entry.label:
+            if not any(part in entry.label for part in arguments.only):
                 continue
             try:
                 rows.append(measure(entry, file, chip))
