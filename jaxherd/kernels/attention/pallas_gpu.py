@@ -4,6 +4,8 @@ Chunks become ids as for splash.  Key/value heads are repeated, since the kernel
 head.  It has no window and no second bound, so that sliding windows and prefixes are refused.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jaxherd.core.errors import JaxherdError
@@ -44,7 +46,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     if not mask.contiguous:
         # Large scores of padding with itself would round to an overflow in the gradient.
         q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
-    out_BTNH = triton.mha(
+    out_BTNH: Any = triton.mha(
         q_BTNH,
         jnp.repeat(k_BSKH, groups, axis=2),
         jnp.repeat(v_BSKH, groups, axis=2),

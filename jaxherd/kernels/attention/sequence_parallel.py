@@ -129,7 +129,9 @@ def gather_attention(
     length = q_BTNH.shape[1]
     before = hops(mask, length, shards)
     me = jax.lax.axis_index(axis_name)
-    keys = (k_BTKH, v_BTKH, mask.k_positions_BS, mask.k_segments_BS)
+    keys: tuple[Any, ...] = (k_BTKH, v_BTKH, mask.k_positions_BS, mask.k_segments_BS)
+    k: Any
+    v: Any
     if before == 0:
         k, v, positions, segments = keys
         offset: Any = 0
@@ -155,10 +157,10 @@ def gather_attention(
     )  # fmt: skip
     if inner == "splash":
         rule = splash.index_rule(seen, length, k.shape[1], offset)
-        flops = splash.pass_flops(seen, q_BTNH, k)
+        pairs = splash.row_pairs(seen, length, k.shape[1])
         valid_BT11 = (mask.q_positions_BT >= 0)[:, :, None, None]
         q = jnp.where(valid_BT11, q_BTNH * scale, 0)
-        out = splash.attend_rule(q, k, v, rule, flops=flops, interpret=interpret)
+        out = splash.attend_rule(q, k, v, rule, pairs=pairs, interpret=interpret)
         return jnp.where(valid_BT11, out, 0)
     if length * k.shape[1] > 4 * _BLOCK * _BLOCK:
         return reference.attend_blocked(q_BTNH, k, v, seen, scale)
@@ -205,7 +207,7 @@ def ring_attention(
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_BTNH.dtype)
 
 
-def _from_before(x, axis_name, shards: int, hop: int):
+def _from_before(x, axis_name, shards: int, hop: int) -> Any:
     """Return what the device `hop` places earlier holds."""
     if x is None:
         return None

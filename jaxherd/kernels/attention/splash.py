@@ -142,7 +142,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     if reason is not None:
         raise JaxherdError(f"attention: splash cannot run because {reason}; use 'xla'.")
     batch, length, size = *q_BTNH.shape[:2], mask.size
-    flops = pass_flops(mask, q_BTNH, k_BSKH)
+    pairs = row_pairs(mask, length, k_BSKH.shape[1])
     q_BTNH = q_BTNH * scale
     if not mask.contiguous:
         # Large scores of padding with itself would round to an overflow in the gradient.
@@ -155,10 +155,13 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
         q_BTNH, k_BSKH, v_BSKH = (
             rearrange(x, "B (c t) N H -> (B c) t N H", t=size) for x in (q_BTNH, k_BSKH, v_BSKH)
         )
-        rule = IndexRule(np.arange(size, dtype=np.int32)[None], None, None)
+        rule, pairs = (
+            IndexRule(np.arange(size, dtype=np.int32)[None], None, None),
+            size * (size + 1) // 2,
+        )
     else:
         rule = index_rule(mask, length, k_BSKH.shape[1])
-    local = functools.partial(attend_rule, flops=flops, interpret=interpret)
+    local = functools.partial(attend_rule, pairs=pairs, interpret=interpret)
     partitioner = sharding.active()
     if partitioner is None or partitioner.mesh.size == 1:
         out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, rule)
@@ -191,17 +194,14 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
 
 
-def pass_flops(mask: AttentionMask, q_BTNH, k_BSKH) -> float:
-    """Return the FLOPs of q k^T and weights v over the pairs of whole rows, forward."""
-    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+def row_pairs(mask: AttentionMask, length: int, keys: int) -> int:
+    """Return the pairs that the rule allows in a row that is one document."""
     if mask.kind == "bidirectional":
-        pairs = length * keys
-    else:
-        # The last `length` queries of a document of `keys` tokens.
-        kind = "causal" if mask.kind == "prefix" else mask.kind
-        pairs = allowed_pairs(kind, mask.size, keys)
-        pairs -= allowed_pairs(kind, mask.size, keys - length) if keys > length else 0
-    return 4.0 * pairs * q_BTNH.shape[0] * q_BTNH.shape[2] * q_BTNH.shape[3]
+        return length * keys
+    # Queries are the last tokens of the document.
+    kind = "causal" if mask.kind == "prefix" else mask.kind
+    earlier = allowed_pairs(kind, mask.size, keys - length) if keys > length else 0
+    return allowed_pairs(kind, mask.size, keys) - earlier
 
 
 def block_size(length: int) -> int:
@@ -212,11 +212,11 @@ def block_size(length: int) -> int:
     return _LANES
 
 
-def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, flops=None, interpret: bool = False):
+def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpret: bool = False):
     """Run splash under a rule by index, on one device (also inside of a `shard_map`).
 
     Queries come scaled.  A query that sees no key gives some average of values, never NaN.
-    `flops` are those of the whole call, for the planner; None leaves them unsaid.
+    `pairs` are those of a row, from which the planner learns the FLOPs; None leaves them unsaid.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     block_q, block_kv = block_size(length), block_size(keys)
@@ -242,12 +242,13 @@ def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, flops=None, interpre
     in_axes = tuple(None if x is None or x.shape[0] == 1 else 0 for x in arrays)
     given = (x[0] if x is not None and axis is None else x for x, axis in zip(arrays, in_axes))
     name = "attention"
-    if flops is not None:
+    if pairs is not None:
+        flops = 4.0 * pairs * q_BTNH.shape[0] * q_BTNH.shape[2] * q_BTNH.shape[3]
         # jax's kernels carry no cost estimate: the scope's name tells `planning/costs.py` what
         # one pass needs, two matmuls forward and five backward.
         name = f"kernel_flops_forward_{flops:.6e}_backward_{2.5 * flops:.6e}"
     with jax.named_scope(name):
-        out = jax.vmap(one, in_axes=(0, 0, 0, *in_axes))(q, k, v, *given)
+        out: Any = jax.vmap(one, in_axes=(0, 0, 0, *in_axes))(q, k, v, *given)
     return rearrange(out, "B N T H -> B T N H")[:, :length].astype(q_BTNH.dtype)
 
 
@@ -296,8 +297,9 @@ def _row_of_splash(
     )
     xp = np if isinstance(needed, np.ndarray) else jnp
     fused = needed.shape[1] <= _FUSED_BLOCKS
+    top: Any = None if top_T is None else jnp.asarray(top_T, jnp.int32)
 
-    def made(at, works):
+    def made(at, works) -> Any:
         most = max(needed.shape)
         small = np.int8 if most <= 127 else np.int16
         return info.MaskInfo(
@@ -305,7 +307,8 @@ def _row_of_splash(
             mask_next=None,
             block_mask=jnp.asarray(works.astype(np.int8))[None],
             partial_mask_blocks=None,
-            q_sequence=None if top_T is None else jnp.asarray(top_T, jnp.int32),
+            # Its annotation says NumPy; the kernel takes any array.
+            q_sequence=top,
         )
 
     # A block of queries that visited nothing would divide by a sum of zero.
