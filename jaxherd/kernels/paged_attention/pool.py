@@ -1,10 +1,9 @@
-"""One layer's pool of pages of keys and values, in the layout that decoding reads at full speed.
+"""One layer's pool of pages of keys and values, laid out so that decoding reads no padding.
 
 A token's key/value heads lie side by side in the last axis, [pages, page_size, K H]: that axis is a
 multiple of 128 lanes for every head size that our models have, so that a page is dense in memory
-and goes to the matrix unit without being taken apart (four heads of 64 would fill half of the lanes
-and half of the sublanes of a [.., 4, 64] array).  Scales of int8 pools lie with the tokens in the
-last axis for the same reason.
+and goes to the matrix unit without being taken apart (heads of 64 would fill half of the lanes of a
+[.., 4, 64] array).  Scales of int8 pools lie with the tokens in the last axis for the same reason.
 
 Axis letters: P pages, p tokens of a page, D = K H, B sequences, T new tokens, K key/value heads, H
 head size, Q pages of a sequence.
