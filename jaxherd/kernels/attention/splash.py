@@ -41,6 +41,9 @@ _LANES = 128
 # memory than the second gradient kernel costs time.
 _FUSED_BLOCKS = 8
 
+# Of several rows, up to so many blocks of keys each, all run in one grid.
+_SHORT_BLOCKS = 4
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +109,9 @@ def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> 
         k_ids = jnp.zeros_like(mask.k_positions_BS)
         k_chunks = jnp.arange(keys, dtype=jnp.int32)
     else:
+        index_T = offset + np.arange(length, dtype=np.int32)
         # The index at which each token's document has position 0.
-        document_BT = offset + jnp.arange(length, dtype=jnp.int32) - p_BT
+        document_BT = index_T - p_BT
         ids, k_ids = mask.q_segments_BT, mask.k_segments_BS
         if ids is None or k_ids is None:
             ids, k_ids = jnp.zeros_like(p_BT), jnp.zeros_like(mask.k_positions_BS)
@@ -119,7 +123,8 @@ def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> 
         ids, k_ids = ids * most + chunks, k_ids * most + k_chunks // size
     top_BT = None
     if mask.kind != "bidirectional":
-        top_BT = document_BT + p_BT
+        # Known when tracing unless keys lie by position or the rows are cut.
+        top_BT = p_BT if mask.keys_by_position else index_T[None]
         if mask.kind == "prefix" and mask.prefix_length_B is not None:
             top_BT = document_BT + jnp.maximum(p_BT, mask.prefix_length_B[:, None] - 1)
             top_BT = jnp.minimum(top_BT, keys - 1)
@@ -234,9 +239,13 @@ def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpre
         rearrange(jnp.pad(x, ((0, 0), (0, m), (0, 0), (0, 0))), "B T N H -> B N T H")
         for x, m in ((q_BTNH, more), (k_BSKH, more_keys), (v_BSKH, more_keys))
     )
+    # A map by ids differs by row, and rows of different maps run one after the other: for short rows
+    # the ids are compared inside of the blocks alone.
+    by_ids = q.shape[0] == 1 or k.shape[2] // block_kv > _SHORT_BLOCKS
     one = functools.partial(
-        _row_of_splash, block_q=block_q, block_kv=block_kv, rule=rule, interpret=interpret
-    )
+        _row_of_splash, block_q=block_q, block_kv=block_kv, rule=rule, by_ids=by_ids,
+        interpret=interpret,
+    )  # fmt: skip
     # What all rows share stays out of the loop over rows, and static if it is.
     arrays = (top, q_ids, k_ids)
     in_axes = tuple(None if x is None or x.shape[0] == 1 else 0 for x in arrays)
@@ -282,8 +291,9 @@ def block_map(top_T, q_ids_T, k_ids_S, rule: IndexRule, block_q, block_kv, lengt
 
 
 def _row_of_splash(
-    q_NTH, k_KSH, v_KSH, top_T, q_ids_T, k_ids_S, *, block_q, block_kv, rule, interpret
-):
+    q_NTH, k_KSH, v_KSH, top_T, q_ids_T, k_ids_S, *, block_q, block_kv, rule, by_ids,
+    interpret,
+):  # fmt: skip
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -292,9 +302,8 @@ def _row_of_splash(
     )
 
     length, keys = q_NTH.shape[1], k_KSH.shape[1]
-    needed, width, height = block_map(
-        top_T, q_ids_T, k_ids_S, rule, block_q, block_kv, length, keys
-    )
+    ids = (q_ids_T, k_ids_S) if by_ids else (None, None)
+    needed, width, height = block_map(top_T, *ids, rule, block_q, block_kv, length, keys)
     xp = np if isinstance(needed, np.ndarray) else jnp
     fused = needed.shape[1] <= _FUSED_BLOCKS
     top: Any = None if top_T is None else jnp.asarray(top_T, jnp.int32)
