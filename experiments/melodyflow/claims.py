@@ -6,21 +6,14 @@ flows share their trained networks: an arm trains what is not there yet.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxherd.claims.claim import Claim, Decision, Results
-from jaxherd.core.experiment import Experiment
-from jaxherd.core.modules import abstract, split
-from jaxherd.core.runner import run_experiment
-from jaxherd.data.audio.latents import LatentFolder
-from jaxherd.methods.clip_classifier import train_classifier
-from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
 from jaxherd.methods.codec_training import CodecTrainingConfig
 from jaxherd.methods.flow_measures import (
     exact_samples,
@@ -29,111 +22,25 @@ from jaxherd.methods.flow_measures import (
     sampling_error,
 )
 from jaxherd.methods.flow_sampling import SamplingPlan, transport
-from jaxherd.methods.latent_inversion import edit, equal_evaluations, inversion, invert
-from jaxherd.methods.music_metrics import chroma_correlation, onset_correlation
+from jaxherd.methods.latent_inversion import equal_evaluations, inversion, invert
 from jaxherd.models import codec_presets
-from jaxherd.training.plots import seed_curves
-from jaxherd.training.stage import RunConfig, TrainStage, load_model
+from jaxherd.training.stage import RunConfig, TrainStage
 
 from . import text_to_music as recipe
-
-Say = Callable[[str], None]
-SHARED = "melodyflow-shared"
-GROUP = 64
-TIMES = (0.0, 0.05, 0.1, 0.15, 0.25, 0.4)
-EDIT_METHODS = ("regularized", "ddim", "sdedit")
-
-
-def _devices() -> tuple[Any, ...]:
-    return tuple(jax.devices("cpu")[:1])
-
-
-def _run(name: str, stages: tuple, folder: Path, seed: int, say: Say) -> None:
-    experiment = Experiment(f"melodyflow/{name}", "cpu", "cpu", stages)
-    run_experiment(
-        experiment, folder, target="cpu", devices=_devices(), seed=seed, say=say, quiet=False
-    )
-
-
-def latents_stages() -> tuple[TrainStage, EncodeRecordings]:
-    """Return the codec that all claims about flows share, and the encoding of the recordings."""
-    codec = recipe.cpu_codec()
-    return codec, EncodeRecordings("latents", codec.model, codec.data)
-
-
-def flow_stage(coupling_group: int = GROUP) -> TrainStage:
-    """Return the small velocity network of the claims: the recipe's, shorter."""
-    stage = recipe.cpu_flow(coupling_group)
-    return dataclasses.replace(
-        stage,
-        evaluations=(),
-        run_config=RunConfig(steps=600, checkpoint_every=200, loggers=("jsonl",), unit="frames"),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained flow with the data that it was made from."""
-
-    model: Any
-    latents: LatentFolder
-    codec_folder: Path
-
-
-def trained_flow(root: Path, seed: int, coupling_group: int, say: Say) -> Trained:
-    """Return the network of a seed, training it and all before it if need be.
-
-    Codec and latents are those of seed 0 for all; the flow's parameters, clips, noise and times
-    follow from `seed`.
-    """
-    base = root / SHARED
-    _run("codec-and-latents", latents_stages(), base / "codec", 0, say)
-    stage = flow_stage(coupling_group)
-    folder = base / f"flow-{coupling_group}-{seed}"
-    link = folder / "latents"
-    if not link.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(base / "codec" / "latents")
-    _run("flow", (_Given("latents"), stage), folder, seed, say)
-    here = jax.sharding.SingleDeviceSharding(_devices()[0])
-    definition, *parts = split(abstract(stage.model.build, jax.random.key(0)))
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), parts
-    )
-    model = definition.merge(*load_model(folder / "flow", *wanted))
-    return Trained(model, LatentFolder.open(base / "codec" / "latents"), base / "codec" / "codec")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """A stage whose artifacts are there already."""
-
-    name: str
-    reads: tuple[str, ...] = ()
-
-    def run(self, context: Any) -> Mapping[str, Any]:
-        return {}
-
-
-def clips(latents: LatentFolder, split_name: str, per_label: int, seed: int) -> dict[str, Any]:
-    """Return standardised posterior means: {"latents" [B, T, C], "labels" [B]}, labels in turn."""
-    chance = np.random.default_rng(seed)
-    found, labels = [], []
-    tracks = latents.load(split_name)
-    for label in range(len(latents.labels)):
-        own = [t for t in tracks if t.label == label and len(t) >= recipe.FRAMES]
-        for _ in range(per_label):
-            track = own[int(chance.integers(len(own)))]
-            start = int(chance.integers(len(track) - recipe.FRAMES + 1))
-            found.append(latents.standardise(track.mean_FL[start : start + recipe.FRAMES]))
-            labels.append(label)
-    return {"latents": jnp.asarray(np.stack(found)), "labels": jnp.asarray(labels, jnp.int32)}
-
-
-def noise_like(latents: jax.Array, seed: int) -> jax.Array:
-    """Return noise of the latents' shape."""
-    return jax.random.normal(jax.random.key(seed), latents.shape)
-
+from .claims_edits import EDITS
+from .claims_shared import (
+    GROUP,
+    SETTINGS,
+    SHARED,
+    SHARED_TEXT,
+    Say,
+    clips,
+    flow_stage,
+    noise_like,
+    run_stages,
+    span,
+    trained_flow,
+)
 
 # --- (c) coupling, (e) solvers ------------------------------------------------------------------
 
@@ -161,12 +68,12 @@ def coupling_decide(results: Results, threshold: Mapping[str, float]) -> Decisio
         ]
         rows.append((max(ratios) <= threshold["ratio"], name, ratios))
     reasons = tuple(
-        f"{'met' if met else 'NOT met'}: {name} coupled / independent {_span(ratios, '.3f')}, "
+        f"{'met' if met else 'NOT met'}: {name} coupled / independent {span(ratios, '.3f')}, "
         f"wanted at most {threshold['ratio']}"
         for met, name, ratios in rows
     )
     verdict = "holds" if all(met for met, _, _ in rows) else "does not hold"
-    ours = "; ".join(f"{name} {_span(ratios, '.2f')} of independent" for _, name, ratios in rows)
+    ours = "; ".join(f"{name} {span(ratios, '.2f')} of independent" for _, name, ratios in rows)
     return Decision(verdict, reasons, ours)
 
 
@@ -206,8 +113,8 @@ def solver_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
         met = max(ratios) <= threshold["ratio"]
         met_all &= met or not counts
         word = ("met" if met else "NOT met") if counts else "reported, not decided upon"
-        reasons.append(f"{word}: midpoint / euler at {n} evaluations {_span(ratios, '.3f')}")
-        shown.append(f"{n}: {_span(ratios, '.2f')}")
+        reasons.append(f"{word}: midpoint / euler at {n} evaluations {span(ratios, '.3f')}")
+        shown.append(f"{n}: {span(ratios, '.2f')}")
     ours = "error of midpoint / Euler at equal evaluations, " + "; ".join(shown)
     return Decision("holds" if met_all else "does not hold", tuple(reasons), ours)
 
@@ -259,7 +166,7 @@ def inversion_decide(results: Results, threshold: Mapping[str, float]) -> Decisi
     reasons = [
         f"{'met' if sound else 'NOT met'}: the control that starts from noise does not reconstruct: "
         f"least relative error {lost:.2f}, wanted at least {threshold['lost']}",
-        f"{'met' if met else 'NOT met'}: error regularised / naive {_span(ratios, '.2e')}, wanted at "
+        f"{'met' if met else 'NOT met'}: error regularised / naive {span(ratios, '.2e')}, wanted at "
         f"most {threshold['ratio']}",
     ]
     for arm in INVERSION_ARMS[:-1]:
@@ -267,133 +174,14 @@ def inversion_decide(results: Results, threshold: Mapping[str, float]) -> Decisi
         stds = [n["latent_std"] for n in results[arm].values()]
         used = next(iter(results[arm].values()))["evaluations"]
         reasons.append(
-            f"reported: {arm}: relative error {_span(errors, '.1e')}, latent std "
-            f"{_span(stds, '.3f')}, {used:.0f} evaluations"
+            f"reported: {arm}: relative error {span(errors, '.1e')}, latent std "
+            f"{span(stds, '.3f')}, {used:.0f} evaluations"
         )
     verdict = "inconclusive" if not sound else ("holds" if met else "does not hold")
     own = [n["error"] for n in results["regularized"].values()]
     naive = [n["error"] for n in results["ddim"].values()]
-    ours = f"relative error {_span(own, '.1e')} against {_span(naive, '.1e')}"
+    ours = f"relative error {span(own, '.1e')} against {span(naive, '.1e')}"
     return Decision(verdict, tuple(reasons), ours)
-
-
-# --- (b) edits -----------------------------------------------------------------------------------
-
-
-def edit_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float]:
-    """Edit held-out clips to each other label over the range of `target_flowstep`."""
-    flow = trained_flow(folder.parents[1], seed, GROUP, say)
-    autoencoder = load_autoencoder(recipe.cpu_codec().model, flow.codec_folder)
-    train = clips(flow.latents, "train", 300, 7)
-    judge = train_classifier(np.asarray(train["latents"]), np.asarray(train["labels"]), seed=0)
-    source = clips(flow.latents, "heldout", 6, 200 + seed)
-    kinds = len(flow.latents.labels)
-    wanted = (source["labels"] + 1 + jnp.arange(len(source["labels"])) % (kinds - 1)) % kinds
-    if arm == "no_edit":
-        wanted = source["labels"]
-    condition = flow.model.condition({"labels": wanted})
-    decode = jax.jit(lambda z: autoencoder.decode(_unstandardised(flow.latents, z)))
-    before = np.asarray(decode(source["latents"]))
-    rate = flow.latents.sample_rate
-    target = np.asarray((source["labels"] + 1 + np.arange(len(wanted)) % (kinds - 1)) % kinds)
-    numbers: dict[str, float] = {
-        "judge": float(np.mean(judge.predict(np.asarray(source["latents"])) == source["labels"]))
-    }
-    for time in TIMES:
-        method = "regularized" if arm == "no_edit" else arm
-        plan = inversion(method, target_flowstep=time)
-        made = edit(
-            flow.model, source["latents"], None, condition, plan, jax.random.key(seed), cfg_coef=4.0
-        )
-        after = np.asarray(decode(made.latents_BTC))
-        numbers[f"flip/{time}"] = float(
-            np.mean(judge.predict(np.asarray(made.latents_BTC)) == target)
-        )
-        pairs = list(zip(before, after))
-        numbers[f"chroma/{time}"] = float(
-            np.mean([chroma_correlation(a, b, sample_rate=rate) for a, b in pairs])
-        )
-        numbers[f"onset/{time}"] = float(
-            np.mean([onset_correlation(a, b, sample_rate=rate) for a, b in pairs])
-        )
-        numbers[f"evaluations/{time}"] = float(made.evaluations)
-        say(f"{arm} at {time}: " + ", ".join(f"{numbers[f'{k}/{time}']:.3f}"
-                                             for k in ("flip", "chroma", "onset")))  # fmt: skip
-    return numbers
-
-
-def _unstandardised(latents: LatentFolder, z):
-    return z * (latents.std_L + 1e-5) + latents.mean_L
-
-
-def preserved_at(numbers: Mapping[str, float], flip: float, what: str = "chroma") -> float:
-    """Return the greatest preservation among settings that flip at least this share of clips.
-
-    Minus one where no setting does.
-    """
-    fit = [numbers[f"{what}/{t}"] for t in TIMES if numbers[f"flip/{t}"] >= flip]
-    return max(fit, default=-1.0)
-
-
-def edit_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
-    """Return the verdict: at an equal flip rate the regularised inversion keeps more chroma."""
-    rate = threshold["flip"]
-    controls = max(n[f"flip/{t}"] for n in results["no_edit"].values() for t in TIMES)
-    judged = min(n["judge"] for n in results["regularized"].values())
-    sound = controls <= threshold["no_edit"] and judged >= threshold["judge"]
-    reasons = [
-        f"{'met' if judged >= threshold['judge'] else 'NOT met'}: the classifier tells held-out "
-        f"clips apart: least accuracy {judged:.2f}, wanted at least {threshold['judge']}",
-        f"{'met' if controls <= threshold['no_edit'] else 'NOT met'}: edits towards the clip's own "
-        f"label do not flip it: greatest share {controls:.2f}, wanted at most "
-        f"{threshold['no_edit']}",
-    ]
-    met_all, shown = True, []
-    for other in ("sdedit", "ddim"):
-        gains = [
-            preserved_at(results["regularized"][s], rate) - preserved_at(results[other][s], rate)
-            for s in results["regularized"]
-        ]
-        met = min(gains) >= threshold["gain"]
-        met_all &= met
-        reasons.append(
-            f"{'met' if met else 'NOT met'}: chroma correlation kept at a flip rate of {rate}, "
-            f"regularised minus {other}: {_span(gains, '+.3f')}, wanted at least "
-            f"{threshold['gain']}"
-        )
-        shown.append(f"{_span(gains, '+.2f')} over {other}")
-    for arm in EDIT_METHODS:
-        flips = ["/".join(f"{n[f'flip/{t}']:.2f}" for t in TIMES) for n in results[arm].values()]
-        reasons.append(f"reported: {arm}: flips over target_flowstep {TIMES}: {'; '.join(flips)}")
-    verdict = "inconclusive" if not sound else ("holds" if met_all else "does not hold")
-    ours = f"chroma kept at a flip rate of {rate}: " + ", ".join(shown)
-    return Decision(verdict, tuple(reasons), ours)
-
-
-def edit_draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draw flips and preservation over target_flowstep, and the one against the other."""
-    arms = record["results"]
-
-    def of(arm: str, name: str) -> list[list[float]]:
-        return [[n[f"{name}/{t}"] for t in TIMES] for n in arms[arm].values()]
-
-    def panel(name: str, label: str, title: str) -> dict[str, Any]:
-        return {
-            "x": list(TIMES),
-            "series": {arm: of(arm, name) for arm in (*EDIT_METHODS, "no_edit")},
-            "x_label": "target_flowstep (smaller edits more)",
-            "y_label": label,
-            "title": title,
-        }
-
-    seed_curves(
-        path,
-        [
-            panel("flip", "share of clips with the target label", "Label flipped"),
-            panel("chroma", "correlation with the source", "Chroma kept"),
-            panel("onset", "correlation with the source", "Onsets kept"),
-        ],
-    )
 
 
 # --- (d) bottleneck ------------------------------------------------------------------------------
@@ -425,7 +213,7 @@ def codec_run(seed: int, arm: str, folder: Path, say: Say) -> Mapping[str, float
     """Train one bottleneck; held-out numbers of its last evaluation."""
     import json
 
-    _run(f"codec-{arm}", (codec_stage(arm),), folder, seed, say)
+    run_stages(f"codec-{arm}", (codec_stage(arm),), folder, seed, say)
     lines = (folder / "codec" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = [r for r in map(json.loads, lines) if r["kind"] == "eval"][-1]
     return {name: last[f"heldout/{name}"] for name in ("snr_db", "mel_distance", "bits_per_frame")}
@@ -450,33 +238,19 @@ def codec_decide(results: Results, threshold: Mapping[str, float]) -> Decision:
     reasons = (
         f"{'met' if sound else 'NOT met'}: the continuous codec spends no more: at most {rate:.1f} "
         f"bits a frame against {allowed:.1f}",
-        f"{'met' if better else 'NOT met'}: SNR gain {_span(gains, '+.2f')} dB, wanted at least "
+        f"{'met' if better else 'NOT met'}: SNR gain {span(gains, '+.2f')} dB, wanted at least "
         f"{threshold['snr_db']}",
         f"{'met' if nearer else 'NOT met'}: mel distance continuous / quantised "
-        f"{_span(mels, '.3f')}, wanted at most {threshold['mel']}",
+        f"{span(mels, '.3f')}, wanted at most {threshold['mel']}",
     )
     verdict = "inconclusive" if not sound else ("holds" if better and nearer else "does not hold")
     ours = (
-        f"SNR {_span(values('continuous', 'snr_db'), '.2f')} against "
-        f"{_span(values('quantised', 'snr_db'), '.2f')} dB at {rate:.0f} against {allowed:.0f} bits "
+        f"SNR {span(values('continuous', 'snr_db'), '.2f')} against "
+        f"{span(values('quantised', 'snr_db'), '.2f')} dB at {rate:.0f} against {allowed:.0f} bits "
         "a frame"
     )
     return Decision(verdict, reasons, ours)
 
-
-def _span(values: list[float], form: str) -> str:
-    return f"{min(values):{form}} to {max(values):{form}}"
-
-
-_SHARED = """\
-One codec for all (the recipe's cpu scale, seed 0: 48 kHz stereo, 32 latents at 100 Hz, held-out SNR
-3.6 dB), one encoding of 65 recordings under three labels (calm electronic, orchestral, heavy metal),
-whole recordings held out.  A velocity network of 1.1 M parameters (width 128, four layers) is
-trained for 600 steps of 64 clips of 96 frames (0.96 s) for each seed, coupled within the batch of
-64.  All arms of a seed measure the same network on the same held-out clips.
-"""
-
-_SETTINGS = {"codec": latents_stages(), "flow": flow_stage()}
 
 INVERSION = Claim(
     id="melodyflow/inversion",
@@ -488,7 +262,7 @@ INVERSION = Claim(
         "figures not recovered; reviews of v2: MelodyFlow inversion above ReNoise above DDIM in "
         "objective metrics, small margin between the first two [rev]"
     ),
-    protocol=_SHARED
+    protocol=SHARED_TEXT
     + """
 24 held-out clips are inverted from t = 1 to 0 without a condition and brought back by Euler without
 guidance.  The budget is what 25 steps of the regularised inversion (4 iterations and 2 references a
@@ -504,37 +278,7 @@ parameters are the spec's; nothing was tuned.
     arms=INVERSION_ARMS,
     run=inversion_run,
     decide=inversion_decide,
-    settings=_SETTINGS,
-)
-
-EDITS = Claim(
-    id="melodyflow/edits",
-    statement=(
-        "Edits by regularised inversion turn a clip to another label while keeping more of it than "
-        "SDEdit and naive inversion do at an equal rate of success."
-    ),
-    paper_figure=(
-        "figures not recovered; reviews of v2: best on overall quality and text relevance, below "
-        "AudioLDM2-Music on consistency; target_flowstep swept to 0.25 [rev]"
-    ),
-    protocol=_SHARED
-    + """
-18 held-out clips are edited to another label (guidance 4, 25 steps) from target_flowstep 0 to 0.4.
-A softmax regression on time statistics of training latents judges the label.  Kept is the
-correlation of chroma with the source after decoding; for each method the best value among settings
-that flip at least half of the clips.  Arm `no_edit` asks for the clip's own label.  Nothing was
-tuned.
-""",
-    metric="share of clips with the target label; chroma and onset correlation with the source",
-    baselines=("ddim", "sdedit"),
-    controls=("no_edit",),
-    threshold={"flip": 0.5, "gain": 0.05, "no_edit": 0.25, "judge": 0.7},
-    seeds=(0, 1, 2),
-    arms=(*EDIT_METHODS, "no_edit"),
-    run=edit_run,
-    decide=edit_decide,
-    settings=_SETTINGS,
-    draw=edit_draw,
+    settings=SETTINGS,
 )
 
 COUPLING = Claim(
@@ -544,7 +288,7 @@ COUPLING = Claim(
         "sampling more exact."
     ),
     paper_figure="ablation in the paper's table 4; figures not recovered [rev]",
-    protocol=_SHARED
+    protocol=SHARED_TEXT
     + """
 Arm `independent` differs in one field: every row keeps its own noise (coupling_group = 1); clips,
 noise draws, times and initial parameters are the same.  From the same noise under held-out labels:
@@ -559,14 +303,14 @@ equal steps from a 512-evaluation midpoint solution.  Nothing was tuned.
     arms=("coupled", "independent"),
     run=coupling_run,
     decide=coupling_decide,
-    settings={**_SETTINGS, "independent": flow_stage(1)},
+    settings={**SETTINGS, "independent": flow_stage(1)},
 )
 
 SOLVERS_CLAIM = Claim(
     id="melodyflow/midpoint",
     statement="The midpoint solver is nearer the exact solution than Euler at equal evaluations.",
     paper_figure="figure 2 of the paper varies evaluations; figures not recovered [rev]",
-    protocol=_SHARED
+    protocol=SHARED_TEXT
     + """
 Samples of 48 held-out conditions without guidance on the sway grid (s = -0.8) at 8 to 64
 evaluations, against a 512-evaluation midpoint solution on a uniform grid from the same noise; 8
@@ -580,7 +324,7 @@ evaluations are reported and not decided upon.  Nothing was tuned.
     arms=("midpoint", "euler"),
     run=solver_run,
     decide=solver_decide,
-    settings=_SETTINGS,
+    settings=SETTINGS,
 )
 
 BOTTLENECK = Claim(

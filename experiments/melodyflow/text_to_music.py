@@ -150,7 +150,7 @@ def _cpu() -> tuple:
     return codec, EncodeRecordings("latents", codec.model, codec.data), flow, samples
 
 
-def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
+def _large(flow: VelocityTransformerConfig, batch: int, coupling_group: int) -> tuple:
     music = (AudioGroup("music", ("music",)),)
     codec = TrainStage(
         name="codec",
@@ -172,7 +172,9 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
     )
     # 24 heads' scores of 752 frames would not fit beside each other: layers are computed again.
     objective = FlowMatching(remat="full")
-    clips = LatentClips(batch_size=batch, coupling_group=batch // 64, frames=752, text_dim=768)
+    # The assignment is solved where the data is read, so a group may have all rows of a process; the
+    # larger it is, the more it shortens the paths.
+    clips = LatentClips(batch_size=batch, coupling_group=coupling_group, frames=752, text_dim=768)
     return (
         codec,
         # Captions are text files beside the recordings; which T5 the paper has was not recovered,
@@ -213,8 +215,10 @@ def _large(flow: VelocityTransformerConfig, batch: int) -> tuple:
 
 
 def _gpu() -> tuple:
-    return _large(velocity_transformer.melodyflow_small(), 256)
+    # One host reads for all eight GPUs.
+    return _large(velocity_transformer.melodyflow_small(), 256, 256)
 
 
 def _full() -> tuple:
-    return _large(velocity_transformer.melodyflow_medium(), 512)
+    # Sixteen hosts of four chips read 32 rows each.
+    return _large(velocity_transformer.melodyflow_medium(), 512, 32)

@@ -14,7 +14,7 @@ from jaxherd.core.experiment import SCALES, Experiment, Scale
 
 # Recipes import their neighbours as `from . import other` through this package.
 _PACKAGE = "jaxherd_experiments"
-_NOT_RECIPES = ("__init__", "claims")
+_NOT_RECIPES = ("_", "claims")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def entries() -> list[Entry]:
     root = resources.folder("experiments")
     found = []
     for path in sorted(root.glob("*/*.py")):
-        if path.stem.startswith("_") or path.stem in _NOT_RECIPES:
+        if path.stem.startswith(_NOT_RECIPES):
             continue
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         summary = docstring.splitlines()[0] if docstring else ""

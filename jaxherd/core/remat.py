@@ -19,7 +19,9 @@ POLICIES: dict[str, Callable | None] = {
     "full": _policies.nothing_saveable,
     # Keep the results of matrix products without batch dimensions.
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    # Keep what attention needs for its gradient, recompute the rest.
+    # Keep what the attention kernel needs for its gradient, recompute the rest.
+    "kernel": _policies.save_only_these_names("attention_residuals"),
+    # Likewise, and its projected output, which saves a matrix product for as many bytes again.
     "attention": _policies.save_only_these_names("attention_out", "attention_residuals"),
 }
 

@@ -130,6 +130,15 @@ class GgufStore:
         kind = self._gguf.GGMLQuantizationType(cursor.scalar("<I"))
         return name, shape, kind, cursor.scalar("<Q")
 
+    def blocks(self, name: str) -> tuple[str, np.ndarray]:
+        """Return (format, bytes) of one tensor as stored, rows kept apart: [..., out, row bytes].
+
+        `kernels.quantized_matmul.formats.from_gguf` makes a matrix of "Q4_0" and "Q8_0".
+        """
+        kind, start, length = self._places[name]
+        rows = np.asarray(self._data[start : start + length])
+        return kind.name, rows.reshape(*self.shapes[name][:-1], -1)
+
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in float32.
 

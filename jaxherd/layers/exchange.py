@@ -56,7 +56,13 @@ def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
         plan = _Round(sizes_PPe, number, quota, axis)
         return plan.combine(plan.local(compute, plan.dispatch(rows_RD), weights), y_RD)
 
-    return jax.lax.fori_loop(0, _rounds(sizes_PPe, quota), serve, jnp.zeros_like(rows_RD))
+    def more(y_RD):
+        return jax.lax.fori_loop(1, rounds, serve, y_RD)
+
+    rounds = _rounds(sizes_PPe, quota)
+    # The first round stands outside of the loop: only there can the compiler let rows travel
+    # while it computes what does not wait for them, as the shared expert.
+    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, jnp.zeros_like(rows_RD)))
 
 
 def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
@@ -67,21 +73,28 @@ def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
 def _exchange_backward(compute, quota, axis, saved, dy_RD):
     rows_RD, sizes_PPe, weights = saved
 
-    def serve(number, carry):
-        d_rows_RD, d_weights = carry
+    def serve(number, d_rows_RD):
         plan = _Round(sizes_PPe, number, quota, axis)
         local = functools.partial(plan.local, compute)
         _, pull = jax.vjp(local, plan.dispatch(rows_RD), weights)
         d_arrived_CD, d_part = pull(plan.dispatch(dy_RD))
-        d_weights = jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_weights, d_part)
-        return plan.combine(d_arrived_CD, d_rows_RD), d_weights
+        return plan.combine(d_arrived_CD, d_rows_RD), d_part
 
-    # Rounds add up in float32, whatever the weights are computed in.
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    d_rows_RD, d_weights = jax.lax.fori_loop(
-        0, _rounds(sizes_PPe, quota), serve, (jnp.zeros_like(rows_RD), zeros)
-    )
-    d_weights = jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights)
+    def add(number, carry):
+        d_rows_RD, d_weights = carry
+        d_rows_RD, d_part = serve(number, d_rows_RD)
+        return d_rows_RD, jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_weights, d_part)
+
+    def more(carry):
+        d_rows_RD, d_weights = carry
+        # Rounds add up in float32, whatever the weights are computed in.
+        wide = jax.tree.map(lambda d: d.astype(jnp.float32), d_weights)
+        d_rows_RD, wide = jax.lax.fori_loop(1, rounds, add, (d_rows_RD, wide))
+        return d_rows_RD, jax.tree.map(lambda d, w: d.astype(w.dtype), wide, d_weights)
+
+    rounds = _rounds(sizes_PPe, quota)
+    first = serve(0, jnp.zeros_like(rows_RD))
+    d_rows_RD, d_weights = jax.lax.cond(rounds > 1, more, lambda carry: carry, first)
     return d_rows_RD, None, d_weights
 
 

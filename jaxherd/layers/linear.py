@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from jaxherd.core.modules import Axes, Module, parameter
 from jaxherd.core.platform import platform
 from jaxherd.core.sharding import shard
+from jaxherd.kernels import QuantizedMatrix, quantized_matmul
+from jaxherd.layers.lookup import lookup
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype=jnp.float32) -> jax.Array:
@@ -17,13 +19,18 @@ def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype=jnp.float32
     return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
 
 
-def matmul(x: Float[Array, "... D"], w_DF: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """Return x W.
+def matmul(
+    x: Float[Array, "... D"], w_DF: Float[Array, "D F"] | QuantizedMatrix
+) -> Float[Array, "... F"]:
+    """Return x W; a quantised W is read as it is and gets no gradient (`quantized_matmul`).
 
     On CPU the gradient of W is asked for as x^T dy, already in W's own order.  The general rule
     forms its transpose, for which XLA on CPU recomputes dy element by element in transposed order,
     slower than the product itself.
     """
+    if isinstance(w_DF, QuantizedMatrix):
+        y = quantized_matmul(x.reshape(-1, x.shape[-1]), w_DF)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     return _matmul(x, w_DF) if platform() == "cpu" else x @ w_DF
 
 
@@ -76,7 +83,7 @@ class Embedding(Module):
 
     def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Return the rows of the table for these tokens."""
-        return jnp.take(self.table[...], tokens, axis=0)
+        return lookup(self.table[...], tokens)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return logits x E^T."""

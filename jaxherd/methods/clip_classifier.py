@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class ClipClassifier:
-    """Softmax regression on each channel's mean and log deviation over time."""
+    """Softmax regression on how every channel moves (`features`)."""
 
     centre_F: np.ndarray
     spread_F: np.ndarray
@@ -32,11 +32,20 @@ class ClipClassifier:
 
 
 def features(clips_NTC: Float[np.ndarray, "N T C"]) -> Float[np.ndarray, "N F"]:
-    """Return mean, log deviation over time, and log deviation of differences, of every channel."""
+    """Return log powers of every channel in five bands of modulation, and the loudness.
+
+    The bands divide the spectrum over time in equal ratios; loudness is the log of the mean square
+    over channels, its mean and its deviation over time.
+    """
     clips = np.asarray(clips_NTC, np.float64)
-    moves = np.diff(clips, axis=1)
-    parts = [clips.mean(axis=1), np.log(clips.std(axis=1) + 1e-3), np.log(moves.std(axis=1) + 1e-3)]
-    return np.concatenate(parts, axis=1)
+    frames = clips.shape[1]
+    power = np.square(np.abs(np.fft.rfft(clips * np.hanning(frames)[None, :, None], axis=1)))
+    edges = np.unique(np.round(np.geomspace(1, power.shape[1], 6)).astype(int))
+    edges[0] = 0
+    spectra = np.log(power + 1e-2)
+    parts = [spectra[:, lo:hi].mean(axis=1) for lo, hi in zip(edges, edges[1:])]
+    loud = np.log(np.square(clips).mean(axis=2, keepdims=True) + 1e-3)
+    return np.concatenate([*parts, loud.mean(axis=1), loud.std(axis=1)], axis=1)
 
 
 def train_classifier(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import StageContext, write_json
@@ -22,7 +23,7 @@ from jaxherd.data.audio.latents import INDEX
 from jaxherd.data.audio.tracks import Track
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import encode_chunks
-from jaxherd.training.stage import load_model
+from jaxherd.training.replica import load_replica
 from jaxherd.weights.load import load, load_tokenizer
 
 
@@ -64,13 +65,19 @@ class EncodeRecordings:
         """Encode what is not encoded yet and write the index; returns the statistics."""
         autoencoder = load_autoencoder(self.model, context.artifacts[self.codec])
         describe = None if self.text_encoder is None else TextEncoder(self.text_encoder)
-        entries, sums = [], np.zeros((3, autoencoder.config.seanet.dimension))
-        for name, group, label, track in self._recordings():
-            file = context.folder / f"{hashlib.sha256(track.digest.encode()).hexdigest()[:20]}.npz"
-            if not file.is_file():
+        # Each process encodes its share into the folder that all of them see.
+        own, processes = jax.process_index(), jax.process_count()
+        for number, (_, group, _, track) in enumerate(self._recordings()):
+            file = _latent_file(context.folder, track)
+            if number % processes == own and not file.is_file():
                 text = {} if describe is None else {"text": describe(track.caption or group)}
                 self._encode(autoencoder, track, file, text)
                 context.say(f"{self.name}: encoded {track.name} ({group}).")
+        if processes > 1:
+            multihost_utils.sync_global_devices(f"{self.name}: recordings are encoded")
+        entries, sums = [], np.zeros((3, autoencoder.config.seanet.dimension))
+        for name, _, label, track in self._recordings():
+            file = _latent_file(context.folder, track)
             with np.load(file, allow_pickle=False) as data:
                 mean_FL, std_FL = data["mean"].astype(np.float64), data["std"].astype(np.float64)
             if name == "train":
@@ -86,18 +93,19 @@ class EncodeRecordings:
         if self.statistics == "tracked":
             mean_L = np.asarray(autoencoder.latent_mean[...])
             std_L = np.asarray(autoencoder.latent_std[...])
-        write_json(
-            context.folder / INDEX,
-            {
-                "frame_rate": autoencoder.config.frame_rate,
-                "sample_rate": autoencoder.config.sample_rate,
-                "latent_dim": len(mean_L),
-                "labels": list(self.data.labels),
-                "mean": mean_L.tolist(),
-                "std": std_L.tolist(),
-                "tracks": entries,
-            },
-        )
+        index = {
+            "frame_rate": autoencoder.config.frame_rate,
+            "sample_rate": autoencoder.config.sample_rate,
+            "latent_dim": len(mean_L),
+            "labels": list(self.data.labels),
+            "mean": mean_L.tolist(),
+            "std": std_L.tolist(),
+            "tracks": entries,
+        }
+        if own == 0:
+            write_json(context.folder / INDEX, index)
+        if processes > 1:
+            multihost_utils.sync_global_devices(f"{self.name}: the index is written")
         frames = sum(entry["frames"] for entry in entries)
         return {
             "tracks": len(entries),
@@ -135,12 +143,16 @@ class EncodeRecordings:
         mean_FL = np.concatenate([np.asarray(p.mean_BTL)[0] for p in found])
         std_FL = np.concatenate([np.asarray(p.std_BTL)[0] for p in found])
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{jax.process_index()}.partial")
         arrays: dict[str, Any] = {"mean": mean_FL, "std": std_FL, **more}
         save: Any = np.savez  # its stub takes the arrays' names for its own arguments
         with partial.open("wb") as out:
             save(out, **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
         partial.replace(file)
+
+
+def _latent_file(folder: Path, track: Track) -> Path:
+    return folder / f"{hashlib.sha256(track.digest.encode()).hexdigest()[:20]}.npz"
 
 
 class TextEncoder:
@@ -173,15 +185,11 @@ def _states(model: Any, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
 
 
 def load_autoencoder(model: Any, folder: Path) -> AudioAutoencoder:
-    """Return the autoencoder of a codec's training stage, on the first device.
+    """Return the autoencoder of a codec's training stage, on the first device of each process.
 
     Args:
       model: config of what the stage trained.
       folder: of the stage.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     definition, *parts = split(abstract(model.build, jax.random.key(0)))
-    wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), parts
-    )
-    return definition.merge(*load_model(folder, *wanted)).autoencoder
+    return definition.merge(*load_replica(folder, *parts)).autoencoder

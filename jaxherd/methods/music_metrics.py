@@ -3,6 +3,8 @@
 Axis letters: T samples, C audio channels, K frames, N rows, F features.  Source: melodyflow.md 7.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Float
 
@@ -58,12 +60,18 @@ def log_mel_embedding(
 
 
 def chroma(wave_TC: Float[np.ndarray, "T C"], sample_rate: int) -> Float[np.ndarray, "K 12"]:
-    """Return the share of energy of each pitch class (C first) in every frame."""
-    power_KB, hertz = _power(wave_TC, sample_rate)
-    heard = (hertz >= 55.0) & (hertz <= 4000.0)
+    """Return the share of amplitude of each pitch class (C first) in every frame.
+
+    Notes from A2 (110 Hz) to 4 kHz, in windows of at least 0.34 s: a semitone at 110 Hz is 6.5 Hz
+    wide, and two lines closer than a bin cannot be told apart.  Amplitude and not energy, so that
+    the bass is not all that counts.
+    """
+    window = 1 << math.ceil(math.log2(0.34 * sample_rate))
+    power_KB, hertz = _power(wave_TC, sample_rate, window=window, hop=window // 8)
+    heard = (hertz >= 110.0 * 2 ** (-1 / 24)) & (hertz <= 4000.0)
     pitch = np.round(69 + 12 * np.log2(hertz[heard] / 440.0)).astype(int) % 12
     sums = np.zeros((len(power_KB), 12))
-    np.add.at(sums.T, pitch, power_KB[:, heard].T)
+    np.add.at(sums.T, pitch, np.sqrt(power_KB[:, heard]).T)
     return sums / (sums.sum(axis=1, keepdims=True) + 1e-9)
 
 

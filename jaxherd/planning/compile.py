@@ -241,6 +241,11 @@ def _notes(timeline: Timeline, target: Target) -> tuple[str, ...]:
     if timeline.unknown_loops:
         names = ", ".join(timeline.unknown_loops[:5])
         notes.append(f"Loops without a constant trip count are counted once: {names}.")
+    if timeline.conditionals:
+        notes.append(
+            f"{len(timeline.conditionals)} conditionals count as their false branch: routed rows "
+            "are taken to travel in one round."
+        )
     return tuple(notes)
 
 

@@ -49,12 +49,13 @@ FLAG_SETS: Mapping[str, FlagSet] = MappingProxyType(
             ),
             _set(
                 "sparsecore",
-                "Hands gathers, scatters and reductions to the SparseCores, which drive the links "
-                "while the TensorCore computes.",
+                "Hands gathers, scatters, reductions and the rows of routed experts to the SparseCores, "
+                "which drive the links while the TensorCore computes.",
                 ("v5p", "v6e", "tpu7x"),
                 xla_tpu_enable_sparse_core_collective_offload_all_gather=True,
                 xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=True,
                 xla_tpu_enable_sparse_core_collective_offload_all_reduce=True,
+                xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all=True,
                 xla_tpu_enable_all_gather_offload_tracing=True,
                 xla_tpu_use_tc_device_shape_on_sc=True,
                 xla_sc_disable_megacore_partitioning=True,

@@ -113,6 +113,13 @@ class Instruction:
         """Return the computation called as `attribute` (`body`, `calls`, ...), if any."""
         return next((name for key, name in self.called if key == attribute), None)
 
+    def usual_branch(self) -> str | None:
+        """Return the computation of a conditional's false branch: the first of `lax.cond`'s.
+
+        The programs here keep what is rarely needed in the true branch.
+        """
+        return self.call("false_computation") or self.call("branch")
+
     def cost_estimate(self) -> tuple[float, float] | None:
         """Return (FLOPs, bytes) that a Pallas call states of itself, if it does."""
         found = re.search(r'"cost_estimate":\{([^}]*)\}', self.attributes)
@@ -172,10 +179,18 @@ class Module:
         """Return the scheduled computations with their multiplicities."""
         runs: dict[str, float] = {}
         unknown: list[str] = []
-        self._visit(self.entry, 1.0, runs, unknown)
-        return Schedule(self, runs, tuple(unknown))
+        conditionals: list[str] = []
+        self._visit(self.entry, 1.0, runs, unknown, conditionals)
+        return Schedule(self, runs, tuple(unknown), tuple(conditionals))
 
-    def _visit(self, name: str, times: float, runs: dict[str, float], unknown: list[str]) -> None:
+    def _visit(
+        self,
+        name: str,
+        times: float,
+        runs: dict[str, float],
+        unknown: list[str],
+        conditionals: list[str],
+    ) -> None:
         runs[name] = runs.get(name, 0.0) + times
         for instruction in self.computations[name].instructions:
             if instruction.opcode == "while":
@@ -185,11 +200,16 @@ class Module:
                     trips = 1
                 body = instruction.call("body")
                 if body in self.computations:
-                    self._visit(body, times * trips, runs, unknown)
-            elif instruction.opcode in ("conditional", "call"):
+                    self._visit(body, times * trips, runs, unknown, conditionals)
+            elif instruction.opcode == "conditional":
+                usual = instruction.usual_branch()
+                conditionals.append(instruction.name)
+                if usual in self.computations:
+                    self._visit(usual, times, runs, unknown, conditionals)
+            elif instruction.opcode == "call":
                 for attribute, called in instruction.called:
                     if attribute != "condition" and called in self.computations:
-                        self._visit(called, times, runs, unknown)
+                        self._visit(called, times, runs, unknown, conditionals)
 
 
 @dataclass(frozen=True)
@@ -200,6 +220,8 @@ class Schedule:
     runs: dict[str, float]
     unknown_loops: tuple[str, ...]
     """Loops whose trip count no constant tells; they are counted once."""
+    conditionals: tuple[str, ...] = ()
+    """Counted as their false branch."""
 
     def __iter__(self) -> Iterator[tuple[Instruction, Computation, float]]:
         for name, times in self.runs.items():

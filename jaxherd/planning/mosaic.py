@@ -159,7 +159,7 @@ def look(
     case: str,
     arguments: dict | None = None,
     *,
-    timeout: float = 540,
+    timeout: int | float = 540,
     need_kernel: bool = True,
 ) -> tuple[list[KernelCode], dict]:
     """Compile a case for a chip in a child process and read its kernels.
@@ -176,32 +176,49 @@ def look(
     Raises:
       JaxherdError: an unknown chip, or the compilation failed (the compiler's last line is told).
     """
+    with tempfile.TemporaryDirectory(prefix="jaxherd-mosaic-") as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        costs = compile_in_child(chip, case, arguments, flags, timeout)
+        if not need_kernel and not any(_summaries(folder)):
+            return [], costs
+        return read_kernels(folder), costs
+
+
+def compile_in_child(
+    chip: str, case: str, arguments: dict | None, flags: str, timeout: int | float
+) -> dict:
+    """Compile a case in a process of its own under these `LIBTPU_INIT_ARGS`.
+
+    Returns:
+      XLA's costs, as `look` tells them.
+    Raises:
+      JaxherdError: as in `look`.
+    """
     if chip not in TOPOLOGIES:
         raise JaxherdError(f"No TPU compiler for {chip!r}; " + nearest(chip, TOPOLOGIES))
-    with tempfile.TemporaryDirectory(prefix="jaxherd-mosaic-") as folder:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "JAX_TRACEBACK_FILTERING": "off",
-        }
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": flags,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_TRACEBACK_FILTERING": "off",
+    }
+    try:
         done = subprocess.run(
             [sys.executable, "-m", "jaxherd.planning.mosaic", "--child", chip, case,
              json.dumps(arguments or {})],
             env=environment, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
-        if done.returncode:
-            raise JaxherdError(
-                f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}"
-            )
-        costs = json.loads(done.stdout.strip().splitlines()[-1])
-        if not need_kernel and not any(_summaries(folder)):
-            return [], costs
-        return read_kernels(folder), costs
+    except subprocess.TimeoutExpired as error:
+        raise JaxherdError(
+            f"{case} {arguments} did not compile for {chip} within {timeout:.0f} s; allow more."
+        ) from error
+    if done.returncode:
+        raise JaxherdError(f"{case} {arguments} did not compile for {chip}: {_reason(done.stderr)}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _reason(stderr: str) -> str:
@@ -250,6 +267,9 @@ def _child(chip: str, case: str, arguments: dict) -> dict:
         "flops": costs.get("flops", 0.0),
         "bytes": costs.get("bytes accessed", 0.0),
         "temp_bytes": memory.temp_size_in_bytes if memory else 0,
+        "operand_bytes": (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
+        ),
         "seconds": time.monotonic() - started,
     }
 

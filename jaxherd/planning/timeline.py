@@ -63,13 +63,16 @@ class Timeline:
     unpriced_kernels: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     unknown_loops: tuple[str, ...] = ()
+    conditionals: tuple[str, ...] = ()
 
 
 class _Walker:
     def __init__(self, module: Module, fabric: Fabric, model: CostModel):
         self.module, self.fabric, self.model = module, fabric, model
         self.runs = module.schedule()
-        self.timeline = Timeline(unknown_loops=self.runs.unknown_loops)
+        self.timeline = Timeline(
+            unknown_loops=self.runs.unknown_loops, conditionals=self.runs.conditionals
+        )
         self.kernels: dict[str, bool] = {}
         self.lengths: dict[str, float] = {}
 
@@ -138,6 +141,8 @@ class _Walker:
 
     def _inner(self, line: Instruction) -> float:
         names = [n for a, n in line.called if a != "condition" and n in self.runs.runs]
+        if line.opcode == "conditional":
+            names = [n for n in names if n == line.usual_branch()]
         lengths = [self.walk(n) for n in names]
         if line.opcode == "while":
             return sum(lengths) * (self.module.trip_count(line) or 1)

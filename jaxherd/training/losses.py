@@ -134,9 +134,14 @@ class _Parts:
 
     def scatter(self, tree: Any) -> Any:
         """Return this device's parts of the trees' sum over the devices that share them."""
-        return self._each(
-            lambda x, axes, d: jax.lax.psum_scatter(x, axes, scatter_dimension=d, tiled=True), tree
-        )
+
+        def one(x, axes, dimension):
+            # Axis by axis, the outer first: over several at once the TPU compiler sums whole.
+            for axis in (axes,) if isinstance(axes, str) else axes:
+                x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+            return x
+
+        return self._each(one, tree)
 
     def _each(self, move: Callable, tree: Any) -> Any:
         leaves, structure = jax.tree.flatten(tree)

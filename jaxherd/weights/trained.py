@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import abstract, cast_floating, split
-from jaxherd.training.stage import load_model
+from jaxherd.training.replica import load_replica
 from jaxherd.weights import registry
 
 
@@ -39,14 +39,13 @@ def load_trained(folder: pathlib.Path, dtype: Any = None) -> Any:
         {"version": registry.VERSION, "model": stage.get("model")}, str(folder)
     )
     kind = jnp.dtype(stage.get("step", {}).get("param_dtype", "float32"))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     definition, *parts = split(abstract(config.build, jax.random.key(0)))
 
     def placed(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, kind if floating else leaf.dtype, sharding=here)
+        return jax.ShapeDtypeStruct(leaf.shape, kind if floating else leaf.dtype)
 
-    params, buffers = load_model(folder, *jax.tree.map(placed, parts))
+    params, buffers = load_replica(folder, *jax.tree.map(placed, parts))
     return cast_floating(definition.merge(params, buffers), dtype)
 
 

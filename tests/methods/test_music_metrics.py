@@ -48,10 +48,13 @@ def tone(hertz, seconds=1.0, every=None):
 def test_chroma_tells_the_pitch_class_in_any_octave():
     for hertz, name in ((440.0, 9), (880.0, 9), (261.63, 0), (1046.5, 0), (392.0, 7)):
         assert (metrics.chroma(tone(hertz), RATE).argmax(axis=1) == name).all()
+    for midi in range(45, 97):  # A2 to C7, every semitone
+        share = metrics.chroma(tone(440.0 * 2 ** ((midi - 69) / 12)), RATE).mean(axis=0)
+        assert share.argmax() == midi % 12 and share.max() > 0.4, (midi, share)
     a, octave, fifth = tone(440.0), tone(880.0), tone(659.26)
     assert metrics.chroma_correlation(a, a, sample_rate=RATE) == pytest.approx(1.0)
     assert metrics.chroma_correlation(a, octave, sample_rate=RATE) > 0.95
-    assert metrics.chroma_correlation(a, fifth, sample_rate=RATE) < 0.1
+    assert metrics.chroma_correlation(a, fifth, sample_rate=RATE) < 0.3
 
 
 def test_onsets_tell_the_rhythm_and_not_the_pitch():

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.data.gguf_file import GgufStore
+from jaxherd.kernels import quantized_matmul
+from jaxherd.kernels.quantized_matmul.formats import from_gguf
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.weights.load import generation_defaults, load
 
@@ -103,6 +105,24 @@ def test_block_formats(tmp_path, kind):
     spread = value.max() - value.min()
     tolerance = {Q.F16: 1e-3, Q.BF16: 1e-2, Q.Q8_0: 1e-2}.get(kind, spread / 12)
     np.testing.assert_allclose(read, value, atol=float(tolerance), rtol=5e-3)
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0])
+def test_blocks_stay_packed(tmp_path, kind):
+    """From the file to a product without a float weight in between."""
+    value = np.random.RandomState(0).normal(0, 1, (3, 64)).astype(np.float32)
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_tensor("w", gguf.quants.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = GgufStore(tmp_path / "x.gguf")
+    name, blocks = store.blocks("w")
+    matrix = from_gguf(blocks, name)
+    np.testing.assert_array_equal(matrix.dequantize().T, store.read("w"))
+    x = jnp.ones((1, 64))
+    np.testing.assert_allclose(quantized_matmul(x, matrix), x @ store.read("w").T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K])

@@ -122,22 +122,32 @@ def _symmetric(w_BgN, code, convention, scale_dtype):
     most_BN = jnp.abs(w_BgN).max(axis=-2)
     if convention == "q4_0":
         first = jnp.abs(w_BgN).argmax(axis=-2)[..., None, :]
-        scales = jnp.take_along_axis(w_BgN, first, axis=-2)[..., 0, :] / -8
+        scales = jnp.take_along_axis(w_BgN, first, axis=-2)[..., 0, :] / -8  # exact
         values = jnp.trunc(w_BgN * _inverse(scales)[..., None, :] + 8.5)
         return jnp.clip(values, 0, 15) - 8, scales.astype(scale_dtype)
     if convention == "q8_0":
-        scales = most_BN / 127
+        scales = _divide(most_BN, 127)
         x = w_BgN * _inverse(scales)[..., None, :]
         whole = jnp.floor(jnp.abs(x))
         values = jnp.sign(x) * (whole + jnp.floor(2 * (jnp.abs(x) - whole)))
         return values, scales.astype(scale_dtype)
     floor = 1e-6 if convention == "absmax/8" else _FLOOR
-    scales = jnp.maximum(most_BN, floor) / float(convention.removeprefix("absmax/"))
+    scales = _divide(jnp.maximum(most_BN, floor), float(convention.removeprefix("absmax/")))
     scales = _kept(scales, scale_dtype)
-    values = w_BgN / scales.astype(jnp.float32)[..., None, :]
+    values = _divide(w_BgN, scales.astype(jnp.float32)[..., None, :])
     if code != "float8_e4m3fn":
         values = jnp.round(values)
     return jnp.clip(values, low, high), scales
+
+
+def _divide(a, b):
+    """Return a / b rounded once, whatever is broadcast.
+
+    XLA turns a division by something broadcast into a product with its reciprocal, which rounds
+    twice: one value in four differs in the last bit, and ties fall to the other side than in the
+    formats to be met bit for bit.  A choice by `a == a` is a broadcast that it cannot see.
+    """
+    return a / jnp.where(a == a, b, a)
 
 
 def _kept(scales, dtype):
@@ -152,10 +162,10 @@ def _inverse(scales):
 def _asymmetric(w_BgN, code, scale_dtype):
     low, high = RANGE[code]
     least, most = jnp.minimum(w_BgN.min(axis=-2), 0.0), jnp.maximum(w_BgN.max(axis=-2), 0.0)
-    scales = _kept(jnp.maximum(most - least, _FLOOR) / (high - low), scale_dtype)
+    scales = _kept(_divide(jnp.maximum(most - least, _FLOOR), high - low), scale_dtype)
     scales32 = scales.astype(jnp.float32)
-    zeros = jnp.clip(jnp.round(low - least / scales32), low, high)
-    values = jnp.round(w_BgN / scales32[..., None, :]) + zeros[..., None, :]
+    zeros = jnp.clip(jnp.round(low - _divide(least, scales32)), low, high)
+    values = jnp.round(_divide(w_BgN, scales32[..., None, :])) + zeros[..., None, :]
     return jnp.clip(values, low, high), scales, zeros.astype(scale_dtype)
 
 
@@ -186,7 +196,8 @@ def quantize_rows(
     most = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), _FLOOR)
     if upper_bound is not None:
         most = jnp.minimum(most, upper_bound)
-    scales = most / float(convention.removeprefix("absmax/"))
+    scales = _divide(most, float(convention.removeprefix("absmax/")))
     low, high = RANGE[dtype]
-    values = jnp.clip(jnp.round(x / scales) if dtype == "int8" else x / scales, low, high)
+    values = _divide(x, scales)
+    values = jnp.clip(jnp.round(values) if dtype == "int8" else values, low, high)
     return values.astype(jnp.dtype(dtype)), scales

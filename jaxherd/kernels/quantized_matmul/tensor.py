@@ -79,6 +79,21 @@ class QuantizedMatrix:
         zeros = 0 if self.zeros is None else self.zeros.size * self.zeros.dtype.itemsize
         return int(math.prod(self.shape) * half) + scales + zeros
 
+    def __getitem__(self, index: Any) -> "QuantizedMatrix":
+        """Return what an index along the stacked axes picks; `w[...]` is the whole.
+
+        Raises:
+          JaxherdError: an index that would cut into K or N, whose parts do not line up.
+        """
+        picked = jax.tree.map(lambda leaf: leaf[index], self)
+        if any(leaf.shape[-2:] != old.shape[-2:] for leaf, old in zip(
+            jax.tree.leaves(picked), jax.tree.leaves(self)
+        )):  # fmt: skip
+            raise JaxherdError(
+                f"QuantizedMatrix{self.shape}: an index picks matrices of a stack, not parts of one."
+            )
+        return picked
+
     def check(self) -> None:
         """Raise what is wrong with the shapes and dtypes of the parts.
 
