@@ -224,12 +224,16 @@ class Attention(Module):
             k_BTKH = rope_lib.rotate(k_BTKH, info.table(c))
         if c.qk_norm == "unit_after_rope":
             q_BTNH, k_BTKH = unit_rms(q_BTNH, c.norm_eps), unit_rms(k_BTKH, c.norm_eps)
-        if c.temperature is not None:
-            growth_BT = c.temperature(info.positions_BT)
-            q_BTNH = (q_BTNH * growth_BT[:, :, None, None]).astype(q_BTNH.dtype)
+        growth_BT = None if c.temperature is None else c.temperature(info.positions_BT)
         k_BSKH, v_BSKH, mask, cache = self._keys(k_BTKH, v_BTKH, info, cache, cache_is_empty)
         out_BTNH = attention(
-            q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=c.scale, implementation=implementation
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            mask=mask,
+            scale=c.scale,
+            temperature_BT=growth_BT,
+            implementation=implementation,
         )
         out_BTNH = shard(out_BTNH, "batch", "length", "act_heads", "head_dim")
         return self.o_proj(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
@@ -263,4 +267,12 @@ class Attention(Module):
             seen = jnp.concatenate([cache.positions, positions], axis=1)
         else:
             k_BSKH, v_BSKH, seen = written.k, written.v, written.positions
-        return k_BSKH, v_BSKH, AttentionMask(positions, seen, kind=c.kind, size=c.size), written
+        mask = AttentionMask(
+            positions,
+            seen,
+            kind=c.kind,
+            size=c.size,
+            # A full layer's cache has a slot for every position.
+            keys_by_position=c.kind == "causal",
+        )
+        return k_BSKH, v_BSKH, mask, written

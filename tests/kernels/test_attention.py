@@ -20,7 +20,9 @@ RULES = {
     "window": ("sliding_window", 4),
     "window_of_one": ("sliding_window", 1),
     "bidirectional": ("bidirectional", None),
+    "prefix": ("prefix", None),
 }
+PREFIX = np.asarray([3, 7], np.int32)
 
 
 def packed(batch: int, length: int, seed: int = 0):
@@ -40,8 +42,9 @@ def packed(batch: int, length: int, seed: int = 0):
 def test_pairs_are_those_of_the_dense_mask(rule, length):
     kind, size = RULES[rule]
     positions = jnp.arange(length)[None]
-    mask = AttentionMask(positions, positions, kind=kind, size=size)
-    assert allowed_pairs(kind, size, length) == int(mask.dense().sum())
+    prefix = jnp.asarray([4]) if kind == "prefix" else None
+    mask = AttentionMask(positions, positions, prefix_length_B=prefix, kind=kind, size=size)
+    assert allowed_pairs(kind, size, length, 4) == int(mask.dense().sum())
 
 
 def arrays(batch=2, length=23, heads=4, kv_heads=2, size=8, seed=0):
@@ -66,7 +69,11 @@ def in_numpy(q, k, v, positions, segments, kind, size):
                 if p >= 0
                 and positions[b, s] >= 0
                 and segments[b, s] == segments[b, t]
-                and (kind == "bidirectional" or positions[b, s] <= p)
+                and (
+                    kind == "bidirectional"
+                    or positions[b, s] <= p
+                    or (kind == "prefix" and positions[b, s] < PREFIX[b])
+                )
                 and (kind != "chunked" or positions[b, s] // size == p // size)
                 and (kind != "sliding_window" or positions[b, s] > p - size)
             ]
@@ -83,8 +90,9 @@ def mask_of(positions, segments, rule, **options) -> AttentionMask:
     kind, size = RULES.get(rule, rule if isinstance(rule, tuple) else None)
     positions, segments = jnp.asarray(positions), jnp.asarray(segments)
     return AttentionMask(
-        positions, positions, segments, segments, kind=kind, size=size,
-        self_attention=True, **options,
+        positions, positions, segments, segments,
+        prefix_length_B=jnp.asarray(PREFIX)[: len(positions)] if kind == "prefix" else None,
+        kind=kind, size=size, self_attention=True, **options,
     )  # fmt: skip
 
 
@@ -142,41 +150,20 @@ def test_blocked_with_any_size(length, block, size, kind, contiguous):
     np.testing.assert_allclose(found, reference.attend(q, k, v, mask, 0.5), atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole_rows", "packed"])
-@pytest.mark.parametrize("rule", ["causal", "chunked", "window"])
-def test_splash_interpreted_is_the_reference(rule, whole):
-    """Chunks in packed rows become segment ids; gradients too."""
-    kind, size = {"causal": ("causal", None), "chunked": ("chunked", 48)}.get(
-        rule, ("sliding_window", 40)
-    )
-    length = 256
-    q, k, v = arrays(1, length, 4, 2, 128)
-    if whole:
-        positions = np.arange(length, dtype=np.int32)[None]
-        segments = np.ones_like(positions)
-        mask = mask_of(positions, segments, (kind, size), contiguous=True)
-    else:
-        positions, segments = packed(1, length)
-        mask = mask_of(positions, segments, (kind, size))
-
-    def run(implementation):
-        def attend(q, k, v):
-            out = attention(
-                q, k, v, mask=mask, implementation=implementation,
-                interpret=implementation == "splash",
-            )  # fmt: skip
-            return jnp.where(jnp.asarray(positions >= 0)[..., None, None], out, 0)
-
-        return value_and_gradients(attend, q, k, v)
-
-    for found, wanted in zip(run("splash"), run("reference")):
-        np.testing.assert_allclose(found, wanted, atol=2e-3, rtol=2e-3)
-
-
 def test_splash_says_why_it_cannot_run():
     q, k, v = arrays(length=23)
-    with pytest.raises(JaxherdError, match="length 23 is no multiple of 128; use 'xla'"):
-        attention(q, k, v, mask=mask_of(*packed(2, 23), "causal"), implementation="splash")
+    mask = dataclasses.replace(mask_of(*packed(2, 23), "causal"), self_attention=False)
+    with pytest.raises(JaxherdError, match="neither the queries' own tokens nor in the order"):
+        attention(q, k, v, mask=mask, implementation="splash")
+
+
+def test_temperature_scales_the_query():
+    q, k, v = arrays()
+    mask = mask_of(*packed(2, 23), "causal")
+    factor = jnp.linspace(0.5, 2, 46).reshape(2, 23)
+    found = attention(q, k, v, mask=mask, temperature_BT=factor)
+    wanted = attention(q * factor[:, :, None, None], k, v, mask=mask)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_wrong_names_and_heads():

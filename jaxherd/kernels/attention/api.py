@@ -4,10 +4,10 @@ from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.platform import platform
-from jaxherd.kernels.attention import reference
+from jaxherd.kernels.attention import reference, sequence_parallel
 from jaxherd.kernels.attention.mask import AttentionMask
 
-IMPLEMENTATIONS = ("reference", "xla", "splash")
+IMPLEMENTATIONS = ("reference", "xla", "splash", "pallas_gpu", "gather", "ring")
 
 # Below this many scores per head and row the whole score matrix is cheaper than a loop.
 _DENSE_SCORES = 1 << 20
@@ -23,21 +23,25 @@ def attention(
     *,
     mask: AttentionMask,
     scale: float | None = None,
+    temperature_BT: Float[Array, "B T"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N D"]:
     """Grouped-query attention under a lazily computed mask.
 
-    out = softmax(scale q k^T + mask) v; query head h uses key/value head h // (N / K).
+    out = softmax(scale (temperature q) k^T + mask) v; query head h uses key/value head h // (N / K).
 
     Args:
       q_BTHD: queries; N heads of size D.
       k_BSKD, v_BSKD: keys and values; N must be a multiple of K.
       mask: the rule over positions and segments.
       scale: D**-0.5 by default.
+      temperature_BT: a factor on each query, the same for its heads (Llama 4's layers without
+        RoPE, llama4.md 2.3); the product is rounded to the queries' dtype.
       implementation: "reference" (the definition), "xla" (blocked when long), "splash" (jax's
-        splash attention, TPU) or None, which takes splash on TPU where it applies and xla
-        otherwise.
+        splash attention, TPU), "pallas_gpu" (jax's Triton kernel), "gather" or "ring" (where
+        the length is sharded, see `sequence_parallel`) or None, which takes gather where the length
+        is sharded, splash on TPU where it applies and its padding is small, and xla otherwise.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
     Returns:
       [B, T, N, D] in the dtype of `q_BTHD`; a query that sees no key gives zeros.
@@ -54,19 +58,37 @@ def attention(
             f"attention: {q_BTHD.shape[2]} query heads are no multiple of {k_BSKD.shape[2]} "
             "key/value heads."
         )
+    if temperature_BT is not None:
+        q_BTHD = (q_BTHD * temperature_BT[:, :, None, None]).astype(q_BTHD.dtype)
     factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     if implementation is None:
-        from jaxherd.kernels.attention import splash
-
-        on_tpu = platform() == "tpu" and splash.unsupported(q_BTHD, k_BSKD, mask) is None
-        implementation = "splash" if on_tpu else "xla"
+        implementation = "splash" if _splash_pays(q_BTHD, k_BSKD, mask) else "xla"
+        if sequence_parallel.applies(q_BTHD, k_BSKD, mask):
+            implementation = "gather"
+    if implementation in ("gather", "ring"):
+        return sequence_parallel.attend(
+            q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret=interpret
+        )
     if implementation == "splash":
         from jaxherd.kernels.attention import splash
 
         return splash.attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, interpret=interpret)
+    if implementation == "pallas_gpu":
+        from jaxherd.kernels.attention import pallas_gpu
+
+        return pallas_gpu.attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, interpret=interpret)
     short = mask.size is not None and mask.size <= _LOCAL_SIZE and mask.size < q_BTHD.shape[1]
     if implementation == "xla" and mask.self_attention and mask.is_local and short:
         return reference.attend_local(q_BTHD, k_BSKD, v_BSKD, mask, factor)
     if implementation == "xla" and q_BTHD.shape[1] * k_BSKD.shape[1] > _DENSE_SCORES:
         return reference.attend_blocked(q_BTHD, k_BSKD, v_BSKD, mask, factor)
     return reference.attend(q_BTHD, k_BSKD, v_BSKD, mask, factor)
+
+
+def _splash_pays(q_BTHD, k_BSKD, mask) -> bool:
+    from jaxherd.kernels.attention import splash
+
+    length = q_BTHD.shape[1]
+    # Short rows would be padded to a block of 128; their whole scores are cheap.
+    fits = length % 128 == 0 or length >= 1024
+    return platform() == "tpu" and fits and splash.unsupported(q_BTHD, k_BSKD, mask) is None

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Bool, Int
 
-MaskKind = Literal["bidirectional", "causal", "chunked", "sliding_window"]
+MaskKind = Literal["bidirectional", "causal", "chunked", "prefix", "sliding_window"]
 
 
 @jax.tree_util.register_dataclass
@@ -23,26 +23,33 @@ class AttentionMask:
     - bidirectional: always;
     - causal: r <= p;
     - chunked: r <= p and p // size = r // size (block-diagonal, Llama 4);
-    - sliding_window: p - size < r <= p (`size` keys with the query's own).
+    - sliding_window: p - size < r <= p (`size` keys with the query's own);
+    - prefix: r <= p or r < prefix_length (a prompt that sees itself whole, text after it).
 
     Attributes:
       q_positions_BT, k_positions_BS: positions inside the document; a negative one marks padding.
       q_segments_BT, k_segments_BS: document of each token; None means one document a row.
+      prefix_length_B: of a prefix rule, in positions; each row has its own.
       kind, size: the rule; `size` is in positions.
       self_attention: queries and keys are the same tokens in the same order, positions never
         decrease by array index inside a segment, so a local rule needs only neighbouring blocks.
       contiguous: in addition every row is positions 0..T-1 of one segment, so that the rule holds
         for array indices and whole blocks can be skipped when compiling.
+      keys_by_position: key s holds position s of the row's one document, or is empty (-1) because
+        no token of that position was written yet: a full layer's cache.  Every position up to a
+        query's own is written.
     """
 
     q_positions_BT: Int[Array, "B T"]
     k_positions_BS: Int[Array, "B S"]
     q_segments_BT: Int[Array, "B T"] | None = None
     k_segments_BS: Int[Array, "B S"] | None = None
+    prefix_length_B: Int[Array, "B"] | None = None
     kind: MaskKind = dataclasses.field(default="causal", metadata={"static": True})
     size: int | None = dataclasses.field(default=None, metadata={"static": True})
     self_attention: bool = dataclasses.field(default=False, metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+    keys_by_position: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_local(self) -> bool:
@@ -53,7 +60,9 @@ class AttentionMask:
         """Return the mask as an array."""
         p, r = self.q_positions_BT[:, :, None], self.k_positions_BS[:, None, :]
         seen = (p >= 0) & (r >= 0)
-        if self.kind != "bidirectional":
+        if self.kind == "prefix" and self.prefix_length_B is not None:
+            seen &= (r <= p) | (r < self.prefix_length_B[:, None, None])
+        elif self.kind != "bidirectional":
             seen &= r <= p
         if self.kind == "chunked" and self.size:
             seen &= p // self.size == r // self.size
@@ -75,6 +84,7 @@ class AttentionMask:
             k_segments_BS=cut(self.k_segments_BS),
             self_attention=False,
             contiguous=False,
+            keys_by_position=False,
         )
 
     def queries(self, start, length: int) -> "AttentionMask":
@@ -92,10 +102,13 @@ class AttentionMask:
         )
 
 
-def allowed_pairs(kind: MaskKind, size: int | None, length: int) -> int:
+def allowed_pairs(kind: MaskKind, size: int | None, length: int, prefix: int = 0) -> int:
     """Return how many (query, key) pairs the rule allows in one document of `length` tokens."""
     if kind == "bidirectional":
         return length * length
+    if kind == "prefix":
+        prefix = min(prefix, length)
+        return length * (length + 1) // 2 + prefix * (prefix - 1) // 2
     if kind == "causal" or size is None or size >= length:
         return length * (length + 1) // 2
     if kind == "chunked":

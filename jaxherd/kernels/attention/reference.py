@@ -61,7 +61,7 @@ def attend_local(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float):
     size = mask.size
     alone = mask.kind == "chunked" and mask.contiguous
     pad = -length % size
-    mask = _padded(mask, pad, 0 if alone else size, pad)
+    mask = padded(mask, pad, 0 if alone else size, pad)
     widths = ((0, 0), (0 if alone else size, pad), (0, 0), (0, 0))
     q = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
     k, v = jnp.pad(k_BSKH, widths), jnp.pad(v_BSKH, widths)
@@ -101,7 +101,7 @@ def attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, bl
     reach = _reach(mask, block) if local else 0
     pad = -length % block
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    mask = _padded(mask, pad, reach, pad if local else 0)
+    mask = padded(mask, pad, reach, pad if local else 0)
     if local:
         widths = ((0, 0), (reach, pad), (0, 0), (0, 0))
         k_BSKH, v_BSKH = jnp.pad(k_BSKH, widths), jnp.pad(v_BSKH, widths)
@@ -129,7 +129,9 @@ def _reach(mask: AttentionMask, block: int) -> int:
     return math.ceil((mask.size - 1) / block) * block
 
 
-def _padded(mask: AttentionMask, q_after: int, k_before: int, k_after: int) -> AttentionMask:
+def padded(mask: AttentionMask, q_after: int, k_before: int, k_after: int) -> AttentionMask:
+    """Return the mask with that many tokens of padding more."""
+
     def pad(x, before, after, value):
         if x is None:
             return None

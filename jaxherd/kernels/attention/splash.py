@@ -1,41 +1,140 @@
-"""jax's splash attention (TPU) behind our mask.
+"""jax's splash attention (TPU) behind our mask, with our own map of blocks.
 
-Splash decides by array index which blocks exist and inside a block compares segment ids.  Every
-rule over positions becomes one over indices once the segment ids are refined:
+Splash visits the blocks that a map names and inside of a block compares the index of each key with
+a number per query, and segment ids.  Every rule over positions becomes such numbers (`IndexRule`):
 
-- causal: the same, since positions grow with the index inside a segment;
-- sliding window: a local mask by index, same segments;
-- chunked: segment ids that also count the chunk, under a local mask of the chunk's length, so
-  that far blocks are still skipped; rows that are one whole document use a static chunk mask.
+- causal: a query's number is its own index (its position, where keys lie by position);
+- prefix: that index, or the last one of the prefix if it is larger;
+- sliding window: in addition the key's index is less than `size` behind;
+- chunked: ids that also count the chunk, under causal order;
+- bidirectional: ids alone.
+
+The map is ours because splash's own walks all T x S pairs on the host for every shape, knows
+nothing of documents, and with its fused gradient visits every block and writes a partial dq for each
+block of keys, O(T^2) memory.  Ours comes from the tokens' ids and positions, at run time if need be:
+blocks of different documents are skipped, and long sequences take the two gradient kernels whose
+grids shrink.
+
+Head sizes that fill no 128 lanes (64, 72, 80, 88) need no padding by us: the array's tiles are
+padded in memory in any case, and the matrix unit multiplies whole tiles, so that each costs what
+128 does.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from jaxherd.core import sharding
 from jaxherd.core.errors import JaxherdError
+from jaxherd.kernels.attention import blocks
 from jaxherd.kernels.attention.mask import AttentionMask, allowed_pairs
 
 _LANES = 128
 
+# With more blocks of keys than this the fused gradient's partial dq (one per block) costs more
+# memory than the second gradient kernel costs time.
+_FUSED_BLOCKS = 8
+
+# Of several rows, up to so many blocks of keys each, all run in one grid.
+_SHORT_BLOCKS = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IndexRule:
+    """A mask by array index; arrays are NumPy where they are known when tracing.
+
+    Attributes:
+      top_BT: index of the last key that each query may see; None for no bound.
+      q_ids_BT, k_ids_BS: a query sees keys of its own id alone, negative is padding; or None.
+      window: a key's index must be greater than top - window.
+      reach: no query needs more keys than this up to its top (bounds the visits), or None.
+    """
+
+    top_BT: Any
+    q_ids_BT: Any
+    k_ids_BS: Any
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    reach: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """The comparison inside of a block; hashable by value, since it is a static argument."""
+
+    window: int | None
+
+    def __call__(self, top, key):
+        if self.window is None:
+            return key <= top
+        return (key <= top) & (key > top - self.window)
+
 
 def unsupported(q_BTNH, k_BSKH, mask: AttentionMask) -> str | None:
     """Return why splash attention cannot run for these arguments, or None if it can."""
-    length = q_BTNH.shape[1]
-    if not mask.self_attention or length != k_BSKH.shape[1]:
-        return "queries and keys are not the same tokens"
-    if length % _LANES:
-        return f"the length {length} is no multiple of {_LANES}"
-    if mask.kind == "bidirectional" and mask.q_segments_BT is None and not mask.contiguous:
-        return "bidirectional attention with padding needs segment ids"
+    same = mask.self_attention and q_BTNH.shape[1] == k_BSKH.shape[1]
+    if not same and not mask.keys_by_position:
+        return "keys are neither the queries' own tokens nor in the order of their positions"
     partitioner = sharding.active()
     if partitioner is not None and partitioner.mesh_axes("length"):
         return "the length is sharded"
     return None
+
+
+def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> IndexRule:
+    """Return the mask by array index; `offset` is the first query's among the keys."""
+    size = mask.size if mask.is_local else None
+    if mask.contiguous:
+        index_T = np.arange(length, dtype=np.int32)
+        top, ids, k_ids = index_T, None, None
+        if mask.kind == "bidirectional":
+            top = None
+        elif mask.kind == "chunked" and size is not None and size < length:
+            ids = k_ids = index_T // size
+        if mask.kind == "prefix" and mask.prefix_length_B is not None:
+            top = jnp.clip(mask.prefix_length_B[:, None] - 1, index_T, length - 1)
+        return IndexRule(
+            _row(top), _row(ids), _row(k_ids), size if mask.kind == "sliding_window" else None, size
+        )
+    p_BT = mask.q_positions_BT
+    if mask.keys_by_position:
+        document_BT = 0
+        ids = jnp.zeros_like(p_BT)
+        k_ids = jnp.zeros_like(mask.k_positions_BS)
+        k_chunks = jnp.arange(keys, dtype=jnp.int32)
+    else:
+        index_T = offset + np.arange(length, dtype=np.int32)
+        # The index at which each token's document has position 0.
+        document_BT = index_T - p_BT
+        ids, k_ids = mask.q_segments_BT, mask.k_segments_BS
+        if ids is None or k_ids is None:
+            ids, k_ids = jnp.zeros_like(p_BT), jnp.zeros_like(mask.k_positions_BS)
+        k_chunks = mask.k_positions_BS
+    if mask.kind == "chunked" and size:
+        chunks = p_BT // size
+        # Chunks of a document are consecutive and documents too: ids never decrease.
+        most = jnp.maximum(jnp.max(chunks), jnp.max(k_chunks // size)) + 2
+        ids, k_ids = ids * most + chunks, k_ids * most + k_chunks // size
+    top_BT = None
+    if mask.kind != "bidirectional":
+        # Known when tracing unless keys lie by position or the rows are cut.
+        top_BT = p_BT if mask.keys_by_position else index_T[None]
+        if mask.kind == "prefix" and mask.prefix_length_B is not None:
+            top_BT = document_BT + jnp.maximum(p_BT, mask.prefix_length_B[:, None] - 1)
+            top_BT = jnp.minimum(top_BT, keys - 1)
+    ids = jnp.where(p_BT >= 0, ids, -1)
+    k_ids = jnp.where(mask.k_positions_BS >= 0, k_ids, -1)
+    return IndexRule(top_BT, ids, k_ids, size if mask.kind == "sliding_window" else None, size)
+
+
+def _row(x):
+    return x if x is None or x.ndim == 2 else x[None]
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpret: bool = False):
@@ -47,98 +146,215 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     reason = unsupported(q_BTNH, k_BSKH, mask)
     if reason is not None:
         raise JaxherdError(f"attention: splash cannot run because {reason}; use 'xla'.")
-    segments_BT = _segments(mask)
-    local = functools.partial(_attend_local, mask=mask, interpret=interpret)
+    batch, length, size = *q_BTNH.shape[:2], mask.size
+    pairs = row_pairs(mask, length, k_BSKH.shape[1])
+    q_BTNH = q_BTNH * scale
+    if not mask.contiguous:
+        # Large scores of padding with itself would round to an overflow in the gradient.
+        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
+    if (
+        mask.contiguous and mask.kind == "chunked" and size and size < length
+        and length % size == 0 and size % _LANES == 0
+    ):  # fmt: skip
+        # Chunks are rows of their own: no ids, no visit of another chunk, small gradients.
+        q_BTNH, k_BSKH, v_BSKH = (
+            rearrange(x, "B (c t) N H -> (B c) t N H", t=size) for x in (q_BTNH, k_BSKH, v_BSKH)
+        )
+        rule, pairs = (
+            IndexRule(np.arange(size, dtype=np.int32)[None], None, None),
+            size * (size + 1) // 2,
+        )
+    else:
+        rule = index_rule(mask, length, k_BSKH.shape[1])
+    local = functools.partial(attend_rule, pairs=pairs, interpret=interpret)
     partitioner = sharding.active()
     if partitioner is None or partitioner.mesh.size == 1:
-        return _without_padding(local(q_BTNH * scale, k_BSKH, v_BSKH, segments_BT), mask)
-    heads = partitioner.spec(("batch", None, "act_heads", None))
-    kv_heads = partitioner.spec(("batch", None, "act_kv_heads", None))
-    rows = partitioner.spec(("batch", None))
-    out_BTNH = jax.shard_map(
-        local,
-        mesh=partitioner.mesh,
-        in_specs=(heads, kv_heads, kv_heads, rows if segments_BT is not None else None),
-        out_specs=heads,
-        check_vma=False,
-    )(q_BTNH * scale, k_BSKH, v_BSKH, segments_BT)
-    return _without_padding(out_BTNH, mask)
+        out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, rule)
+    else:
+        heads = partitioner.spec(("batch", None, "act_heads", None))
+        kv_heads = partitioner.spec(("batch", None, "act_kv_heads", None))
+        rows = partitioner.spec(("batch", None))
 
+        # Only what is known at run time is cut up; constants stay with the rule.
+        dynamic, where = jax.tree.flatten(rule)
+        traced = [isinstance(x, jax.Array) for x in dynamic]
 
-def _without_padding(out_BTNH, mask: AttentionMask):
-    """Padding attends to padding in splash; the definition gives zeros."""
+        def call(q, k, v, *given):
+            given = iter(given)
+            leaves = [next(given) if t else x for t, x in zip(traced, dynamic)]
+            return local(q, k, v, jax.tree.unflatten(where, leaves))
+
+        moving = [x for t, x in zip(traced, dynamic) if t]
+        out_BTNH = jax.shard_map(
+            call,
+            mesh=partitioner.mesh,
+            in_specs=(heads, kv_heads, kv_heads, *(rows for _ in moving)),
+            out_specs=heads,
+            check_vma=False,
+        )(q_BTNH, k_BSKH, v_BSKH, *moving)
+    out_BTNH = out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
     if mask.contiguous:
         return out_BTNH
+    # Padding attends to padding in splash; the definition gives zeros.
     return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
 
 
-def _segments(mask: AttentionMask):
-    if mask.contiguous:
-        return None
-    segments = mask.q_segments_BT
-    if segments is None:
-        segments = jnp.zeros_like(mask.q_positions_BT)
-    if mask.kind == "chunked" and mask.size:
-        chunks = mask.q_positions_BT // mask.size
-        # Chunks of one document are consecutive, so (segment, chunk) pairs need only differ from
-        # their neighbours within reach of the local mask.
-        segments = segments * (jnp.max(chunks) + 2) + chunks
-    return jnp.where(mask.q_positions_BT >= 0, segments, -1)
+def row_pairs(mask: AttentionMask, length: int, keys: int) -> int:
+    """Return the pairs that the rule allows in a row that is one document."""
+    if mask.kind == "bidirectional":
+        return length * keys
+    # Queries are the last tokens of the document.
+    kind = "causal" if mask.kind == "prefix" else mask.kind
+    earlier = allowed_pairs(kind, mask.size, keys - length) if keys > length else 0
+    return allowed_pairs(kind, mask.size, keys) - earlier
 
 
-def _block(length: int, most: int) -> int:
-    block = most
-    while length % block:
-        block //= 2
-    return block
+def block_size(length: int) -> int:
+    """Return the tokens of a block: large ones, but no more than 1/16 of padding."""
+    for block in (1024, 512, 256):
+        if -(-length // block) * block <= max(length * 17 / 16, 1):
+            return block
+    return _LANES
 
 
-def _attend_local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, mask: AttentionMask, interpret: bool):
+def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpret: bool = False):
+    """Run splash under a rule by index, on one device (also inside of a `shard_map`).
+
+    Queries come scaled.  A query that sees no key gives some average of values, never NaN.
+    `pairs` are those of a row, from which the planner learns the FLOPs; None leaves them unsaid.
+    """
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    block_q, block_kv = block_size(length), block_size(keys)
+    more, more_keys = -length % block_q, -keys % block_kv
+    if more_keys and rule.q_ids_BT is None and rule.top_BT is None:
+        # Nothing else hides the padding from a bidirectional query.
+        rule = dataclasses.replace(
+            rule,
+            q_ids_BT=np.zeros((1, length), np.int32),
+            k_ids_BS=np.zeros((1, keys), np.int32),
+        )
+    top, q_ids = _pad(rule.top_BT, more, None), _pad(rule.q_ids_BT, more, -1)
+    k_ids = _pad(rule.k_ids_BS, more_keys, -1)
+    q, k, v = (
+        rearrange(jnp.pad(x, ((0, 0), (0, m), (0, 0), (0, 0))), "B T N H -> B N T H")
+        for x, m in ((q_BTNH, more), (k_BSKH, more_keys), (v_BSKH, more_keys))
+    )
+    # A map by ids differs by row, and rows of different maps run one after the other: for short rows
+    # the ids are compared inside of the blocks alone.
+    by_ids = q.shape[0] == 1 or k.shape[2] // block_kv > _SHORT_BLOCKS
+    one = functools.partial(
+        _row_of_splash, block_q=block_q, block_kv=block_kv, rule=rule, by_ids=by_ids,
+        interpret=interpret,
+    )  # fmt: skip
+    # What all rows share stays out of the loop over rows, and static if it is.
+    arrays = (top, q_ids, k_ids)
+    in_axes = tuple(None if x is None or x.shape[0] == 1 else 0 for x in arrays)
+    given = (x[0] if x is not None and axis is None else x for x, axis in zip(arrays, in_axes))
+    name = "attention"
+    if pairs is not None:
+        flops = 4.0 * pairs * q_BTNH.shape[0] * q_BTNH.shape[2] * q_BTNH.shape[3]
+        # jax's kernels carry no cost estimate: the scope's name tells `planning/costs.py` what
+        # one pass needs, two matmuls forward and five backward.
+        name = f"kernel_flops_forward_{flops:.6e}_backward_{2.5 * flops:.6e}"
+    with jax.named_scope(name):
+        out: Any = jax.vmap(one, in_axes=(0, 0, 0, *in_axes))(q, k, v, *given)
+    return rearrange(out, "B N T H -> B T N H")[:, :length].astype(q_BTNH.dtype)
+
+
+def _pad(x, more, value):
+    if x is None or more == 0:
+        return x
+    xp = np if isinstance(x, np.ndarray) else jnp
+    if value is None:
+        return xp.pad(x, ((0, 0), (0, more)), mode="edge")
+    return xp.pad(x, ((0, 0), (0, more)), constant_values=value)
+
+
+def block_map(top_T, q_ids_T, k_ids_S, rule: IndexRule, block_q, block_kv, length, keys):
+    """Return ([q, s] needed pairs, the most visits of a block of queries, and of one of keys)."""
+    if top_T is None and q_ids_T is None:
+        needed = np.ones((length // block_q, keys // block_kv), bool)
+    else:
+        needed = blocks.needed_by_tokens(
+            top_T, rule.reach, q_ids_T, k_ids_S, block_q, block_kv, keys
+        )
+    if isinstance(needed, np.ndarray):
+        return needed, *(max(1, int(needed.sum(axis=axis).max())) for axis in (1, 0))
+    rows, columns = needed.shape
+    if rule.reach is None:
+        return needed, columns, rows
+    return (
+        needed,
+        min(columns, blocks.most_visits(block_q, block_kv, rule.reach)),
+        min(rows, blocks.most_visits(block_kv, block_q, rule.reach)),
+    )
+
+
+def _row_of_splash(
+    q_NTH, k_KSH, v_KSH, top_T, q_ids_T, k_ids_S, *, block_q, block_kv, rule, by_ids,
+    interpret,
+):  # fmt: skip
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask_info as info,
+    )
 
-    length, heads = q_BTNH.shape[1], q_BTNH.shape[2]
-    shape = (length, length)
-    if mask.kind == "causal":
-        rule = masks.CausalMask(shape)
-    elif mask.kind == "bidirectional":
-        rule = masks.FullMask(shape)
-    elif mask.size is None or mask.size >= length:
-        rule = masks.CausalMask(shape)
-    elif mask.kind == "chunked" and mask.contiguous:
-        rule = masks.ChunkedCausalMask(shape, mask.size)
+    length, keys = q_NTH.shape[1], k_KSH.shape[1]
+    ids = (q_ids_T, k_ids_S) if by_ids else (None, None)
+    needed, width, height = block_map(top_T, *ids, rule, block_q, block_kv, length, keys)
+    xp = np if isinstance(needed, np.ndarray) else jnp
+    fused = needed.shape[1] <= _FUSED_BLOCKS
+    top: Any = None if top_T is None else jnp.asarray(top_T, jnp.int32)
+
+    def made(at, works) -> Any:
+        most = max(needed.shape)
+        small = np.int8 if most <= 127 else np.int16
+        return info.MaskInfo(
+            data_next=jnp.asarray(at.astype(small))[None],
+            mask_next=None,
+            block_mask=jnp.asarray(works.astype(np.int8))[None],
+            partial_mask_blocks=None,
+            # Its annotation says NumPy; the kernel takes any array.
+            q_sequence=top,
+        )
+
+    # A block of queries that visited nothing would divide by a sum of zero.
+    nothing = ~needed.any(axis=1, keepdims=True) & (np.arange(needed.shape[1]) == 0)
+    forward = made(*blocks.visits(needed | nothing, width))
+    if fused:
+        # Its grid is whole: block [q, s] itself, or the next one that works, fetched early.
+        index = xp.where(needed, np.arange(needed.shape[0])[:, None], needed.shape[0] - 1)
+        backward = made(xp.minimum.accumulate(index[::-1], axis=0)[::-1], needed)
     else:
-        rule = masks.LocalMask(shape, (mask.size - 1, 0), offset=0)
-    block = _block(length, 1024)
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([rule] * heads),
+        at, works = blocks.visits(needed.T, height)
+        backward = made(at.T, works.T)
+    compute = math.gcd(block_kv, 512)
+    kernel = splash.SplashAttentionKernel(
+        forward,
+        None if fused else forward,
+        backward,
+        is_mqa=False,
+        save_residuals=False,
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_kv_compute=_block(length, 512),
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_kv_dkv_compute=_block(length, 512),
-            use_fused_bwd_kernel=True,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=compute,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=compute,
+            block_q_dq=None if fused else block_q,
+            block_kv_dq=None if fused else block_kv,
+            use_fused_bwd_kernel=fused,
         ),
-        head_shards=1,
-        q_seq_shards=1,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
         residual_checkpoint_name="attention_residuals",
+        mask_function=None if top_T is None else _Seen(rule.window),
         interpret=interpret,
     )
-    segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
-    q, k, v = (rearrange(x, "B T N H -> B N T H") for x in (q_BTNH, k_BSKH, v_BSKH))
-    forward = (
-        4.0
-        * allowed_pairs(mask.kind, mask.size, length)
-        * q_BTNH.shape[0]
-        * heads
-        * q_BTNH.shape[3]
-    )
-    # jax's kernels carry no cost estimate: the scope's name tells `planning/costs.py` what one
-    # pass needs, two matmuls forward and five backward.
-    with jax.named_scope(f"kernel_flops_forward_{forward:.6e}_backward_{2.5 * forward:.6e}"):
-        out: Any = jax.vmap(kernel)(q, k, v, segments)
-    return rearrange(out, "B N T H -> B T N H").astype(q_BTNH.dtype)
+    segments = None
+    if q_ids_T is not None:
+        segments = splash.SegmentIds(jnp.asarray(q_ids_T), jnp.asarray(k_ids_S))
+    return kernel(q_NTH, k_KSH, v_KSH, segments)

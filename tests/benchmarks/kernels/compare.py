@@ -49,6 +49,7 @@ class Entry:
       floor_bytes: every operand once.
       rows: multiplied for each row there is.
       dtype: whose peak counts.
+      flops: of the product, where they are not 2 total_macs (a kernel counted by other units).
     """
 
     label: str
@@ -60,6 +61,7 @@ class Entry:
     floor_bytes: float
     rows: float = 1.0
     dtype: str = "bf16"
+    flops: float | None = None
 
 
 def measure(entry: Entry, file: str, chip_name: str) -> dict:
@@ -93,7 +95,8 @@ def measure(entry: Entry, file: str, chip_name: str) -> dict:
     # A device of tpu7x is one core; one of v5p is two that share the grid.
     bandwidth = chip.hbm_bytes_per_s / chip.devices_per_chip
     peak = chip.peak(entry.dtype) / chip.devices_per_chip
-    floor = max(2 * entry.total_macs / peak, entry.floor_bytes / bandwidth)
+    flops = 2 * entry.total_macs if entry.flops is None else entry.flops
+    floor = max(flops / peak, entry.floor_bytes / bandwidth)
     row["hbm"] = entry.moved / bandwidth / floor
     return row
 

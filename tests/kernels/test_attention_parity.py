@@ -1,0 +1,144 @@
+"""Every implementation of attention against the definition, values and gradients (interpreted)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import Parity
+
+from jaxherd.kernels import attention
+from jaxherd.kernels.attention import AttentionMask
+from jaxherd.kernels.attention.arg_specs import ARG_SPECS, ArgSpec
+
+# Scores are sums of 64 to 128 products, weights are exponentials of them: composite.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def mask_of(spec: ArgSpec, seed: int = 0) -> AttentionMask:
+    """Return the mask of a spec; packed rows hold three documents and padding."""
+    rng = np.random.default_rng(seed)
+    batch, length, keys = spec.batch, spec.length, spec.keys or spec.length
+    prefix = jnp.asarray(rng.integers(0, length // 2 + 1, batch), jnp.int32)
+    rule = dict(kind=spec.kind, size=spec.size, prefix_length_B=prefix)
+    if spec.kind != "prefix":
+        rule["prefix_length_B"] = None
+    q_index = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+    if keys > length:
+        # A cache that the row fills part of the way.
+        k_index = np.broadcast_to(np.arange(keys, dtype=np.int32), (batch, keys))
+        offset = keys - length - length // 3
+        positions = q_index + offset
+        stored = np.where(k_index < offset + length, k_index, -1)
+        return AttentionMask(
+            jnp.asarray(positions), jnp.asarray(stored), keys_by_position=True, **rule
+        )
+    if not spec.packed:
+        p = jnp.asarray(q_index)
+        return AttentionMask(p, p, self_attention=True, contiguous=True, **rule)
+    positions, segments = (
+        np.full((batch, length), -1, np.int32),
+        np.zeros((batch, length), np.int32),
+    )
+    end = length - length // 7
+    for row in range(batch):
+        edges = [0, *sorted(rng.choice(np.arange(1, end), 2, replace=False)), end]
+        for number, (start, stop) in enumerate(zip(edges, edges[1:])):
+            positions[row, start:stop] = np.arange(stop - start)
+            segments[row, start:stop] = number + 1
+    p, s = jnp.asarray(positions), jnp.asarray(segments)
+    return AttentionMask(p, p, s, s, self_attention=True, **rule)
+
+
+def arrays(spec: ArgSpec, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    keys = spec.keys or spec.length
+
+    def draw(length, heads):
+        values = rng.normal(size=(spec.batch, length, heads, spec.head_dim))
+        return jnp.asarray(values, spec.dtype)
+
+    return draw(spec.length, spec.heads), draw(keys, spec.kv_heads), draw(keys, spec.kv_heads)
+
+
+def check(implementation, spec, *, gradients=True, seed=0):
+    """Compare; what is padding holds garbage in the implementation's arguments."""
+    mask = mask_of(spec, seed)
+    padding = {0: mask.q_positions_BT < 0, 1: mask.k_positions_BS < 0}
+
+    def dirty(which, array):
+        # Large, but finite: a masked score times infinity is no number in any implementation.
+        rows = padding[0 if which in (0, "cotangent") else 1]
+        return jnp.where(rows[..., None, None], jnp.asarray(1e4, array.dtype), array)
+
+    def clean(array, rows):
+        return jnp.where(rows[..., None, None], 0, array)
+
+    q, k, v = arrays(spec, seed)
+
+    def call(q, k, v, **options):
+        return attention(q, k, v, mask=mask, **options)
+
+    Parity(call, (0, 1, 2), TOLERANCE).check(
+        implementation,
+        (clean(q, padding[0]), clean(k, padding[1]), clean(v, padding[1])),
+        interpret=implementation in ("splash", "pallas_gpu"),
+        gradients=gradients,
+        dirty=dirty,
+    )
+
+
+@pytest.mark.parametrize("implementation", ["splash", "xla"])
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_specs(name, implementation):
+    spec = ARG_SPECS[name].shrunk()
+    check(implementation, spec, gradients=spec.trained)
+
+
+@pytest.mark.parametrize("name", ["llama4_train_chunked", "llama4_train_full"])
+def test_triton(name):
+    check("pallas_gpu", dataclasses.replace(ARG_SPECS[name].shrunk(), dtype="float32", length=256))
+
+
+@pytest.mark.parametrize("kind", ["causal", "chunked", "sliding_window", "prefix"])
+def test_long_rows_take_the_two_gradient_kernels(kind):
+    """More blocks of keys than the fused gradient is used for."""
+    spec = ArgSpec(
+        "long", 1200, 2, 1, 64, kind, 200 if kind in ("chunked", "sliding_window") else None,
+        packed=True, dtype="float32",
+    )  # fmt: skip
+    check("splash", spec)
+
+
+@given(
+    length=st.integers(1, 300), groups=st.sampled_from([1, 4, 5, 8]), kv_heads=st.integers(1, 2),
+    head_dim=st.sampled_from([64, 72, 80, 88, 128]),
+    kind=st.sampled_from(["causal", "chunked", "sliding_window", "bidirectional", "prefix"]),
+    size=st.integers(1, 300), packed=st.booleans(), batch=st.integers(1, 2),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+@settings(max_examples=8)
+def test_any_shape(length, groups, kv_heads, head_dim, kind, size, packed, batch, dtype):
+    local = kind in ("chunked", "sliding_window")
+    spec = ArgSpec(
+        "any", length, groups * kv_heads, kv_heads, head_dim, kind, size if local else None,
+        packed=packed and length > 8, dtype=dtype, batch=batch,
+    )  # fmt: skip
+    check("splash", spec, gradients=False)
+
+
+def test_a_row_of_padding_alone_gives_zeros():
+    spec = ArgSpec("empty", 256, 2, 1, 64, "causal", packed=True, dtype="float32", batch=2)
+    q, k, v = arrays(spec)
+    mask = mask_of(spec)
+    empty = mask.q_positions_BT.at[0].set(-1)
+    mask = dataclasses.replace(mask, q_positions_BT=empty, k_positions_BS=empty)
+    for implementation in ("splash", "xla"):
+        out = attention(
+            q, k, v, mask=mask, implementation=implementation,
+            interpret=implementation == "splash",
+        )  # fmt: skip
+        assert (np.asarray(out[0]) == 0).all() and np.isfinite(out).all()
+        assert np.abs(out[1]).max() > 0
