@@ -1,4 +1,4 @@
-"""Music models on disk: the folder of a run of ours, or a folder that `save_music` wrote.
+"""Music models on disk: the folder of a run of ours, one that `save_music` wrote, or published files.
 
 A saved model is `config.json` with the statistics and the names of labels, and the folders `codec`
 and `flow` in the format of `jaxherd.weights.save`.
@@ -18,6 +18,7 @@ from jaxherd.data.audio.latents import INDEX, LatentFolder
 from jaxherd.data.sources import resolve
 from jaxherd.methods.codec_training import CodecTraining
 from jaxherd.methods.music_model import MusicModel
+from jaxherd.methods.published_music import is_published, load_published
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.velocity_transformer import VelocityTransformer
 from jaxherd.weights import registry
@@ -39,16 +40,19 @@ def load_music(
     """Return the music model at `source`.
 
     Args:
-      source: the folder of a run, or one that `save_music` wrote, as `resolve` takes it.
+      source: the folder of a run, one that `save_music` wrote, or one of the two files that were
+        published (`jaxherd.methods.published_music`), as `resolve` takes it.
       codec, latents, flow: names of a run's stages.
       dtype: of all weights; None keeps the checkpoint's own.
     Raises:
-      JaxherdError: neither of the two, a stage that has not run yet, or parts that do not fit.
+      JaxherdError: none of the three, a stage that has not run yet, or parts that do not fit.
     """
     folder = resolve(os.fspath(source))
     path = folder / "config.json"
     if path.is_file() and registry.read_json(path).get("format") == FORMAT:
         return _load_saved(folder, dtype)
+    if is_published(folder):
+        return load_published(folder, dtype=dtype)
     return _load_run(folder, codec, latents, flow, dtype)
 
 
@@ -127,7 +131,8 @@ def _load_run(folder: pathlib.Path, codec: str, latents: str, flow: str, dtype: 
         raise JaxherdError(
             f"{str(folder)!r} is no music model: the stage {absent[0]!r} has left nothing there; "
             "name the folder of a run such as `jaxherd run melodyflow/text_to_music` leaves, after "
-            "its last stage has begun, or one that save_music wrote."
+            "its last stage has begun, one that save_music wrote, or one with a published "
+            "state_dict.bin and compression_state_dict.bin."
         )
     index = LatentFolder.open(folder / latents)
     stage = registry.read_json(folder / flow / "config.json").get("stage") or {}
