@@ -314,8 +314,8 @@ class MusicModel:
         samples = max(1, round(seconds * self.sample_rate))
         frames = self.autoencoder.frames(samples)
         noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
-        network = told(self.velocity, report, "generating", plan.steps)
-        latents_BFL = np.asarray(transport(network, condition, noise, plan))
+        with told(self.velocity, report, "generating", plan.steps) as network:
+            latents_BFL = np.asarray(transport(network, condition, noise, plan))
         wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
         return Music(wave_BTC, latents_BFL, evaluations(plan), float(latents_BFL.std()))
 
@@ -356,11 +356,13 @@ class MusicModel:
         source_BFL = self.encode(wave_BTC, key=posterior_key if sample else None, report=report)
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
-            network = told(self.velocity, report, "editing", _calls(plan))
-            edited = edit_latents(
-                network, jnp.asarray(source_BFL), before, after, plan, edit_key, cfg_coef=cfg_coef
-            )
-            latents_BFL, count = np.asarray(edited.latents_BTC), edited.evaluations
+            source = jnp.asarray(source_BFL)
+            with told(self.velocity, report, "editing", _calls(plan)) as network:
+                edited = edit_latents(
+                    network, source, before, after, plan, edit_key, cfg_coef=cfg_coef
+                )
+                latents_BFL = np.asarray(edited.latents_BTC)
+            count = edited.evaluations
             inverted = float(edited.inverted.std)
         wave = self.decode(latents_BFL, report=report)[:, : wave_BTC.shape[1]]
         return Music(wave, latents_BFL, count, float(latents_BFL.std()), inverted)
