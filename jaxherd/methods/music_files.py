@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import write_json
-from jaxherd.data.audio.latents import INDEX, LatentFolder
+from jaxherd.data.audio.latents import INDEX, TEXT_LENGTH, LatentFolder
 from jaxherd.data.sources import resolve
 from jaxherd.methods.codec_training import CodecTraining
 from jaxherd.methods.music_model import MusicModel
@@ -73,6 +73,7 @@ def save_music(model: MusicModel, folder: str | os.PathLike[str]) -> pathlib.Pat
         "std": np.asarray(model.std, np.float64).tolist(),
         "text_encoder": model.text_encoder,
         "clip_seconds": model.clip_seconds,
+        "text_length": model.text_length,
     }
     scratch = None
     try:
@@ -108,6 +109,8 @@ def _load_saved(folder: pathlib.Path, dtype: Any) -> MusicModel:
             "labels": tuple(str(label) for label in entries["labels"]),
             "text_encoder": entries["text_encoder"],
             "clip_seconds": float(entries["clip_seconds"]),
+            # Models of before had no other limit than that of their training, which was this.
+            "text_length": int(entries.get("text_length", TEXT_LENGTH)),
         }
         statistics = [np.asarray(entries[name], np.float32) for name in ("mean", "std")]
         rate = int(entries["sample_rate"])
@@ -136,7 +139,8 @@ def _load_run(folder: pathlib.Path, codec: str, latents: str, flow: str, dtype: 
         )
     index = LatentFolder.open(folder / latents)
     stage = registry.read_json(folder / flow / "config.json").get("stage") or {}
-    frames = (stage.get("data") or {}).get("frames")
+    data = stage.get("data") or {}
+    frames = data.get("frames")
     trained = load_trained(folder / codec, dtype)
     if isinstance(trained, CodecTraining):
         trained = trained.autoencoder
@@ -149,6 +153,7 @@ def _load_run(folder: pathlib.Path, codec: str, latents: str, flow: str, dtype: 
         labels=index.labels,
         text_encoder=_text_encoder(folder, latents),
         clip_seconds=frames / index.frame_rate if frames else 10.0,
+        text_length=data.get("text_length") or TEXT_LENGTH,
     )
 
 

@@ -30,6 +30,8 @@ from jaxherd.weights.stores import safetensors_and_metadata
 from jaxherd.weights.torch_zip import read_torch_zip
 
 FLOW, CODEC = "state_dict", "compression_state_dict"
+# Audiocraft cuts no text; T5 was trained on texts of as many tokens.
+TEXT_LENGTH = 512
 _SUFFIXES = (".bin", ".safetensors")
 
 
@@ -64,6 +66,7 @@ def load_published(
         autoencoder.config.sample_rate,
         text_encoder=text_encoder or settings.text_encoder,
         clip_seconds=settings.clip_seconds,
+        text_length=TEXT_LENGTH,
     )
 
 
