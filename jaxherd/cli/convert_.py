@@ -1,4 +1,4 @@
-"""`jaxherd convert`: from any source that `jaxherd.load` reads to a folder."""
+"""`jaxherd convert`: from any source that `jaxherd.load` reads, or published music, to a folder."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,8 @@ def main(
 ) -> int:
     """Write a model as a Hugging Face folder or in jaxherd's own format, with its tokenizer.
 
-    Chat template, stop tokens and sampling defaults of the source come along.
+    Chat template, stop tokens and sampling defaults of the source come along.  A folder of
+    audiocraft's state_dict.bin and compression_state_dict.bin becomes a music model (--to jaxherd).
     Example: jaxherd convert smollm2-135m-instruct ./smollm2 --to hf --dtype bfloat16
 
     Args:
@@ -34,6 +35,8 @@ def main(
     from jaxherd.weights.save import check_target
 
     check_target(folder)
+    if _is_music(source):
+        return _music(source, folder, to, dtype)
     companions, has_tokenizer = companion_files(source)
     tokenizer = None if has_tokenizer else _tokenizer(source)
     module = jaxherd.load(source, dtype=dtype)
@@ -47,6 +50,28 @@ def main(
     )
     beside = " and the tokenizer" if has_tokenizer or tokenizer is not None else ""
     print(f"wrote {module.config.num_params():,} parameters{beside} to {folder}")
+    return 0
+
+
+def _is_music(source: str) -> bool:
+    from jaxherd.methods.published_music import is_published
+
+    path = Path(source).expanduser()
+    return path.is_dir() and is_published(path)
+
+
+def _music(source: str, folder: Path, to: str, dtype: str | None) -> int:
+    from jaxherd.methods.music_files import load_music, save_music
+
+    if to != "jaxherd":
+        raise JaxherdError(
+            f"{source!r} is a music model, which has no Hugging Face form: --to jaxherd."
+        )
+    model = load_music(source, dtype=dtype)
+    save_music(model, folder)
+    parts = (model.autoencoder.config, model.velocity.config)
+    count = sum(part.num_params() for part in parts)
+    print(f"wrote a music model of {count:,} parameters to {folder}")
     return 0
 
 

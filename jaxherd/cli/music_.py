@@ -273,6 +273,8 @@ def _write(out: Path, wave: np.ndarray, rate: int) -> None:
 def _finish(
     loaded: Any, made: Any, out: Path, plot: Path | None, before: np.ndarray | None = None
 ) -> None:
+    for note in made.notes:
+        print(f"note: {note}")
     print(f"network evaluations: {made.evaluations}; latent std {made.latent_std:.3f}", end="")
     print("" if made.inverted_std is None else f"; of the inverted noise {made.inverted_std:.3f}")
     _write(out, made.wave_BTC[0], loaded.sample_rate)

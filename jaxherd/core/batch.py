@@ -73,7 +73,10 @@ class BatchIterator(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what a log should say about this data."""
+        """Return what a log should say about this data.
+
+        "notes" are sentences that a run says at its start.
+        """
         ...
 
 

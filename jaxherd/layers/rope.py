@@ -133,10 +133,20 @@ def _longrope(w: np.ndarray, s: RopeScaling) -> tuple[np.ndarray, float]:
 
 
 def angles(
-    rope: RopeConfig, head_dim: int, positions_BT: Int[Array, "B T"]
+    rope: RopeConfig, head_dim: int, positions_BT: Int[Array, "B T"], *, rounded_to: Any = None
 ) -> tuple[Float[Array, "B T h"], Float[Array, "B T h"]]:
-    """Return float32 (cos, sin) of every position and frequency."""
+    """Return float32 (cos, sin) of every position and frequency.
+
+    Args:
+      rope: of the frequencies.
+      head_dim: H.
+      positions_BT: p.
+      rounded_to: a dtype that the frequencies have gone through on their way, as those of a table
+        that was stored in it; None for none.
+    """
     w_h, factor = frequencies(rope, head_dim)
+    if rounded_to is not None:
+        w_h = w_h.astype(jnp.dtype(rounded_to)).astype(np.float32)
     phase_BTh = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(w_h)
     return jnp.cos(phase_BTh) * factor, jnp.sin(phase_BTh) * factor
 

@@ -4,9 +4,10 @@ Axis letters: F frames, L latent width.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxherd.core.experiment import StageContext, write_json
 from jaxherd.core.modules import abstract, split
 from jaxherd.data.audio.clips import SPLITS, AudioClips
 from jaxherd.data.audio.latents import INDEX
-from jaxherd.data.audio.tracks import Track
+from jaxherd.data.audio.tracks import Track, conversion_notes
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import encode_chunks
 from jaxherd.training.replica import load_replica
@@ -40,7 +41,8 @@ class EncodeRecordings:
       model: config of the module that the codec's stage trained, with an `autoencoder`.
       data: whose recordings.
       text_encoder: source of a T5 encoder with its tokenizer; its states of each recording's
-        caption (or of its group's label) are kept beside the latents.  None keeps no text.
+        caption are kept beside the latents, of its group's label where no caption is given; an
+        empty caption is no condition.  None keeps no text.
       frames_per_chunk: latent frames encoded at a time.
     """
 
@@ -65,12 +67,15 @@ class EncodeRecordings:
         """Encode what is not encoded yet and write the index; returns the statistics."""
         autoencoder = load_autoencoder(self.model, context.artifacts[self.codec])
         describe = None if self.text_encoder is None else TextEncoder(self.text_encoder)
+        for note in conversion_notes([track for *_, track in self._recordings()]):
+            context.say(f"{self.name}: {note}")
         # Each process encodes its share into the folder that all of them see.
         own, processes = jax.process_index(), jax.process_count()
         for number, (_, group, _, track) in enumerate(self._recordings()):
             file = _latent_file(context.folder, track)
             if number % processes == own and not file.is_file():
-                text = {} if describe is None else {"text": describe(track.caption or group)}
+                words = group if track.caption is None else track.caption
+                text = {} if describe is None else {"text": describe(words)}
                 self._encode(autoencoder, track, file, text)
                 context.say(f"{self.name}: encoded {track.name} ({group}).")
         if processes > 1:
@@ -163,7 +168,12 @@ class TextEncoder:
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, text: str) -> np.ndarray:
-        """Return the last hidden states of a text, its end token included."""
+        """Return the last hidden states of a text, its end token included.
+
+        A text without a word has none: it is the null condition (melodyflow.md 3.4).
+        """
+        if not text.strip():
+            return np.zeros((0, self._model.config.embed_dim), np.float32)
         if text not in self._known:
             tokens = self._tokenizer.encode(text)
             end = self._tokenizer.eos_id
@@ -177,6 +187,22 @@ class TextEncoder:
             states = _states(self._model, jnp.asarray(padded), jnp.asarray(mask))
             self._known[text] = np.asarray(states[0, : len(tokens)], np.float32)
         return self._known[text]
+
+
+@functools.lru_cache(maxsize=2)
+def text_encoder(source: str) -> Callable[[str], np.ndarray]:
+    """Return the text encoder at a source; texts it has seen are kept."""
+    return TextEncoder(source)
+
+
+def cut_notes(lengths: Mapping[str, int], limit: int) -> tuple[str, ...]:
+    """Return a sentence about each text that has more tokens than the limit."""
+    return tuple(
+        f"the prompt {text[:40] + '...' if len(text) > 40 else text!r} has {length} tokens and is "
+        f"cut to the {limit} that the model's conditions have."
+        for text, length in lengths.items()
+        if length > limit
+    )
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError
@@ -114,11 +115,20 @@ def guided(model: Any, condition: Any, cfg_coef: float = 0.0) -> Velocity:
             here = here.tile(rows // here.mask_BL.shape[0])
         if here is None or not cfg_coef:
             return model(z_BTC, t_B, here)
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), here, here.null())
-        v = model(jnp.concatenate([z_BTC, z_BTC]), jnp.concatenate([t_B, t_B]), both)
-        return (1 + cfg_coef) * v[:rows] - cfg_coef * v[rows:]
+        both = jax.tree.map(_interleaved, here, here.null())
+        v_BTC = model(_interleaved(z_BTC, z_BTC), _interleaved(t_B, t_B), both)
+        v_B2TC = rearrange(v_BTC, "(B pair) T C -> B pair T C", pair=2)
+        return (1 + cfg_coef) * v_B2TC[:, 0] - cfg_coef * v_B2TC[:, 1]
 
     return velocity
+
+
+def _interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return rows a0, b0, a1, b1, ...: each pair stays on the device of its row.
+
+    One array after the other would move half of the rows to other devices and back at every call.
+    """
+    return rearrange(jnp.stack([a, b], axis=1), "B pair ... -> (B pair) ...")
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""Music models on disk: the folder of a run of ours, or a folder that `save_music` wrote.
+"""Music models on disk: the folder of a run of ours, one that `save_music` wrote, or published files.
 
 A saved model is `config.json` with the statistics and the names of labels, and the folders `codec`
 and `flow` in the format of `jaxherd.weights.save`.
@@ -14,10 +14,11 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import write_json
-from jaxherd.data.audio.latents import INDEX, LatentFolder
+from jaxherd.data.audio.latents import INDEX, TEXT_LENGTH, LatentFolder
 from jaxherd.data.sources import resolve
 from jaxherd.methods.codec_training import CodecTraining
 from jaxherd.methods.music_model import MusicModel
+from jaxherd.methods.published_music import is_published, load_published
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.velocity_transformer import VelocityTransformer
 from jaxherd.weights import registry
@@ -39,16 +40,19 @@ def load_music(
     """Return the music model at `source`.
 
     Args:
-      source: the folder of a run, or one that `save_music` wrote, as `resolve` takes it.
+      source: the folder of a run, one that `save_music` wrote, or one of the two files that were
+        published (`jaxherd.methods.published_music`), as `resolve` takes it.
       codec, latents, flow: names of a run's stages.
       dtype: of all weights; None keeps the checkpoint's own.
     Raises:
-      JaxherdError: neither of the two, a stage that has not run yet, or parts that do not fit.
+      JaxherdError: none of the three, a stage that has not run yet, or parts that do not fit.
     """
     folder = resolve(os.fspath(source))
     path = folder / "config.json"
     if path.is_file() and registry.read_json(path).get("format") == FORMAT:
         return _load_saved(folder, dtype)
+    if is_published(folder):
+        return load_published(folder, dtype=dtype)
     return _load_run(folder, codec, latents, flow, dtype)
 
 
@@ -69,6 +73,7 @@ def save_music(model: MusicModel, folder: str | os.PathLike[str]) -> pathlib.Pat
         "std": np.asarray(model.std, np.float64).tolist(),
         "text_encoder": model.text_encoder,
         "clip_seconds": model.clip_seconds,
+        "text_length": model.text_length,
     }
     scratch = None
     try:
@@ -104,6 +109,8 @@ def _load_saved(folder: pathlib.Path, dtype: Any) -> MusicModel:
             "labels": tuple(str(label) for label in entries["labels"]),
             "text_encoder": entries["text_encoder"],
             "clip_seconds": float(entries["clip_seconds"]),
+            # Models of before had no other limit than that of their training, which was this.
+            "text_length": int(entries.get("text_length", TEXT_LENGTH)),
         }
         statistics = [np.asarray(entries[name], np.float32) for name in ("mean", "std")]
         rate = int(entries["sample_rate"])
@@ -127,11 +134,13 @@ def _load_run(folder: pathlib.Path, codec: str, latents: str, flow: str, dtype: 
         raise JaxherdError(
             f"{str(folder)!r} is no music model: the stage {absent[0]!r} has left nothing there; "
             "name the folder of a run such as `jaxherd run melodyflow/text_to_music` leaves, after "
-            "its last stage has begun, or one that save_music wrote."
+            "its last stage has begun, one that save_music wrote, or one with a published "
+            "state_dict.bin and compression_state_dict.bin."
         )
     index = LatentFolder.open(folder / latents)
     stage = registry.read_json(folder / flow / "config.json").get("stage") or {}
-    frames = (stage.get("data") or {}).get("frames")
+    data = stage.get("data") or {}
+    frames = data.get("frames")
     trained = load_trained(folder / codec, dtype)
     if isinstance(trained, CodecTraining):
         trained = trained.autoencoder
@@ -144,6 +153,7 @@ def _load_run(folder: pathlib.Path, codec: str, latents: str, flow: str, dtype: 
         labels=index.labels,
         text_encoder=_text_encoder(folder, latents),
         clip_seconds=frames / index.frame_rate if frames else 10.0,
+        text_length=data.get("text_length") or TEXT_LENGTH,
     )
 
 

@@ -10,7 +10,6 @@ Source: melodyflow.md 2.1, 5 and 6.1.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.methods.codec_latents import TextEncoder
+from jaxherd.data.audio.latents import TEXT_LENGTH, text_rows
+from jaxherd.methods.codec_latents import cut_notes, text_encoder
 from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
@@ -49,6 +49,7 @@ class Music:
       evaluations: of the velocity network for one example; a guided one counts twice.
       latent_std: of all latents: 1 in the training data.
       inverted_std: of the noise that an inversion reached: 1 for noise.  None without inversion.
+      notes: what was done to the prompts, see `MusicModel.notes`.
     """
 
     wave_BTC: np.ndarray
@@ -56,6 +57,7 @@ class Music:
     evaluations: int
     latent_std: float
     inverted_std: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +71,7 @@ class MusicModel:
       labels: what prompts may be, where conditions are labels.
       text_encoder: source of the T5 encoder with its tokenizer, where they are text.
       clip_seconds: length of the clips that the velocity network was trained on.
+      text_length: tokens of a text that count, as in its training; the rest is cut, with a note.
     """
 
     autoencoder: AudioAutoencoder
@@ -79,6 +82,7 @@ class MusicModel:
     labels: tuple[str, ...] = ()
     text_encoder: str | None = None
     clip_seconds: float = 10.0
+    text_length: int = TEXT_LENGTH
 
     def __post_init__(self):
         codec, flow = self.autoencoder.config, self.velocity.config
@@ -147,30 +151,45 @@ class MusicModel:
             return self.velocity.condition(self.text_batch(prompts, given.dim))
         raise JaxherdError("this model was trained without conditions: leave the prompt away.")
 
-    def text_batch(self, prompts: Sequence[str | None], width: int) -> dict[str, np.ndarray]:
-        """Return the batch fields of text conditions, one row a prompt; None is an empty text.
+    def notes(self, *prompts: Prompts) -> tuple[str, ...]:
+        """Return a sentence about each prompt that is cut."""
+        if not isinstance(self.velocity.config.conditioner, TextStates):
+            return ()
+        rows = [[p] if p is None or isinstance(p, str) else p for p in prompts]
+        texts = dict.fromkeys(text for row in rows for text in row if text and text.strip())
+        return cut_notes({text: len(self._encoder()(text)) for text in texts}, self.text_length)
 
-        Raises:
-          JaxherdError: no text encoder is known, or its states have another width.
-        """
+    def _encoder(self) -> Callable[[str], np.ndarray]:
         if self.text_encoder is None:
             raise JaxherdError(
                 "the model's conditions are text and it names no text encoder: give "
                 "text_encoder=, the source of the T5 encoder it was trained with."
             )
-        encode = text_encoder(self.text_encoder)
+        return text_encoder(self.text_encoder)
+
+    def text_batch(
+        self, prompts: Sequence[str | None], width: int, *, length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return the batch fields of text conditions, one row a prompt; None is an empty text.
+
+        Args:
+          prompts: cut after `text_length` tokens.
+          width: of the encoder's states.
+          length: of the rows; as long as they need to be in steps of 32 when None.
+        Raises:
+          JaxherdError: no text encoder is known, or its states have another width.
+        """
+        encode = self._encoder()
         states_ND = [np.zeros((0, width), np.float32) if p is None else encode(p) for p in prompts]
         if any(states.shape[1] != width for states in states_ND):
             raise JaxherdError(
                 f"{self.text_encoder!r} gives states of another width than the model's {width}: "
                 "name the T5 encoder it was trained with."
             )
-        length = -(-max(map(len, states_ND)) // 32) * 32
-        text_BND = np.zeros((len(prompts), length, width), np.float32)
-        mask_BN = np.zeros((len(prompts), length), np.float32)
-        for row, states in enumerate(states_ND):
-            text_BND[row, : len(states)], mask_BN[row, : len(states)] = states, 1.0
-        return {"text_states": text_BND, "text_mask": mask_BN}
+        states_ND = [states[: self.text_length] for states in states_ND]
+        if length is None:
+            length = min(self.text_length, max(1, -(-max(map(len, states_ND)) // 32)) * 32)
+        return text_rows(states_ND, width, length)
 
     def encode(
         self,
@@ -314,10 +333,11 @@ class MusicModel:
         samples = max(1, round(seconds * self.sample_rate))
         frames = self.autoencoder.frames(samples)
         noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
-        network = told(self.velocity, report, "generating", plan.steps)
-        latents_BFL = np.asarray(transport(network, condition, noise, plan))
+        with told(self.velocity, report, "generating", plan.steps) as network:
+            latents_BFL = np.asarray(transport(network, condition, noise, plan))
         wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
-        return Music(wave_BTC, latents_BFL, evaluations(plan), float(latents_BFL.std()))
+        std, notes = float(latents_BFL.std()), self.notes(prompts)
+        return Music(wave_BTC, latents_BFL, evaluations(plan), std, notes=notes)
 
     def edit(
         self,
@@ -356,20 +376,17 @@ class MusicModel:
         source_BFL = self.encode(wave_BTC, key=posterior_key if sample else None, report=report)
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
-            network = told(self.velocity, report, "editing", _calls(plan))
-            edited = edit_latents(
-                network, jnp.asarray(source_BFL), before, after, plan, edit_key, cfg_coef=cfg_coef
-            )
-            latents_BFL, count = np.asarray(edited.latents_BTC), edited.evaluations
+            source = jnp.asarray(source_BFL)
+            with told(self.velocity, report, "editing", _calls(plan)) as network:
+                edited = edit_latents(
+                    network, source, before, after, plan, edit_key, cfg_coef=cfg_coef
+                )
+                latents_BFL = np.asarray(edited.latents_BTC)
+            count = edited.evaluations
             inverted = float(edited.inverted.std)
         wave = self.decode(latents_BFL, report=report)[:, : wave_BTC.shape[1]]
-        return Music(wave, latents_BFL, count, float(latents_BFL.std()), inverted)
-
-
-@functools.lru_cache(maxsize=2)
-def text_encoder(source: str) -> Callable[[str], np.ndarray]:
-    """Return the text encoder at a source; texts it has seen are kept."""
-    return TextEncoder(source)
+        notes = self.notes(source_prompts, prompts)
+        return Music(wave, latents_BFL, count, float(latents_BFL.std()), inverted, notes)
 
 
 @jax.jit

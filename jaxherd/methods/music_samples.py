@@ -146,6 +146,8 @@ class SampleMusic:
             raise JaxherdError(
                 f"{self.name}: this model's conditions are text: set {self.name}.prompts."
             )
+        for note in music.notes(prompts):
+            context.say(f"{self.name}: {note}")
         program = self.program(context.devices, context.compiler_options)
         parts = load_model(context.artifacts[self.flow], *program.parts)
         spec = self.batch_spec()
@@ -171,14 +173,7 @@ class SampleMusic:
     def _conditions(self, music: Any, rows: list[str]) -> dict[str, np.ndarray]:
         if not self.clips.text_dim:
             return {"labels": np.asarray([music.label(row) for row in rows], np.int32)}
-        found = music.text_batch(rows, self.clips.text_dim)
-        pad = self.clips.text_length - found["text_mask"].shape[1]
-        if pad < 0:
-            raise JaxherdError(
-                f"{self.name}: a prompt has more than {self.clips.text_length} tokens: shorten it."
-            )
-        widths = {"text_states": ((0, 0), (0, pad), (0, 0)), "text_mask": ((0, 0), (0, pad))}
-        return {name: np.pad(value, widths[name]) for name, value in found.items()}
+        return music.text_batch(rows, self.clips.text_dim, length=self.clips.text_length)
 
     def _write(self, music: Any, latents_BFL, rows: list[str], context: StageContext) -> None:
         context.folder.mkdir(parents=True, exist_ok=True)

@@ -1,41 +1,62 @@
-"""Telling how far a solver is: a network that reports every call from within a compiled program."""
+"""Telling how far a solver is: a network that reports every call from within a compiled program.
 
+Which report is told is a number that the program is given, so that one program serves them all.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 # Called with what is being done, how much of it is done, and how much there is.
 Report = Callable[[str, int, int], None]
+
+_numbers = itertools.count()
+# What to do at a call, by the number of the report.
+_told: dict[int, Callable[[], None]] = {}
+
+
+def _tell(number: Any) -> None:
+    tell = _told.get(int(number))
+    if tell is not None:
+        tell()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Told:
-    """A network that says when it is called.  A program with it is compiled for every run."""
+    """A network that says when it is called; nothing of it is static but the network's own."""
 
     model: Any
-    tell: Callable[[], None] = dataclasses.field(metadata={"static": True})
+    number: Any
 
     @property
     def config(self) -> Any:
         return self.model.config
 
     def __call__(self, z, t, condition=None):
-        jax.debug.callback(self.tell)
+        jax.debug.callback(_tell, self.number)
         return self.model(z, t, condition)
 
 
-def told(model: Any, report: Report | None, what: str, total: int) -> Any:
-    """Return the network, telling `report` of each of `total` calls; itself without a report."""
+@contextlib.contextmanager
+def told(model: Any, report: Report | None, what: str, total: int) -> Iterator[Any]:
+    """Give the network, telling `report` of each of `total` calls; itself without a report.
+
+    All reports share a program with each other, and not with runs that have none: those call
+    nothing on the host.  Calls are told until the block ends, which waits for them.
+    """
     if report is None:
-        return model
-    done = 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        report(what, done, total)
-
-    return _Told(model, tell)
+        yield model
+        return
+    number, calls = next(_numbers), itertools.count(1)
+    _told[number] = lambda: report(what, next(calls), total)
+    try:
+        yield _Told(model, np.int32(number))
+        jax.effects_barrier()
+    finally:
+        del _told[number]

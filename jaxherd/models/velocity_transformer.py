@@ -109,6 +109,8 @@ class VelocityTransformerConfig:
         self-attention, "sin_rope" both.
       positional_scale: weight of the sinusoid; for RoPE the blend
         scale * rotation + (1 - scale) * identity.
+      rope_rounding: "bfloat16" takes RoPE's frequencies rounded to it.  A published table that was
+        stored so turns later frames by other angles: by 0.08 at frame 749 for the second frequency.
       bias_ff, bias_attn: biases of feed-forward and skip projections; of attention.
       bias_proj: biases of the input and output projections and of the time embedding.
       layer_scale: initial value of a learnt scale per channel on each branch; None has none.
@@ -136,6 +138,7 @@ class VelocityTransformerConfig:
     conditioner: TextStates | LabelEmbedding | None = None
     positional: Literal["sin", "rope", "sin_rope"] = "rope"
     positional_scale: float = 1.0
+    rope_rounding: Literal["none", "bfloat16"] = "none"
     bias_ff: bool = False
     bias_attn: bool = False
     bias_proj: bool = False
@@ -465,7 +468,10 @@ class VelocityTransformer(Module):
             waves_TD = sinusoid(positions_T, config.embed_dim, include_last=True)
             x_BTD = (x_BTD + config.positional_scale * waves_TD).astype(dtype)
         if config.positional != "sin":
-            cos, sin = rope_lib.angles(RopeConfig(), config.head_dim, _rows(batch, frames))
+            rounding = None if config.rope_rounding == "none" else config.rope_rounding
+            cos, sin = rope_lib.angles(
+                RopeConfig(), config.head_dim, _rows(batch, frames), rounded_to=rounding
+            )
             s = config.positional_scale
             table = (s * cos + (1 - s), s * sin)
         if config.conditioner is not None and condition is None:

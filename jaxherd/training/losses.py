@@ -16,7 +16,8 @@ from jaxherd.core import sharding
 
 # A chunk's float32 logits take at most this many bytes on one device.
 CHUNK_BYTES = 1 << 28
-_LANES = 128
+# What divides the columns of an array that the TPU compiler scatters instead of summing whole.
+_LANES = 256
 
 
 @jax.custom_vjp
@@ -150,8 +151,8 @@ class _Parts:
         return self._each(one, tree)
 
     def _each(self, move: Callable, tree: Any) -> Any:
-        # Axis by axis and in whole lanes: over several axes at once, or with a vocabulary that no
-        # multiple of 128 is, the TPU compiler sums arrays whole instead.
+        # Axis by axis and with padded columns: over several axes at once, or with a vocabulary such
+        # as Llama 4's, the TPU compiler sums arrays whole instead.
         leaves, structure = jax.tree.flatten(tree)
         moved = []
         for leaf, spec in zip(leaves, self.specs or [()] * len(leaves)):

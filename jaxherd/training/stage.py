@@ -373,6 +373,8 @@ class _Run:
         about = data.describe() if hasattr(data, "describe") else {}
         record = {"stage": describe(self.stage), "data": about}
         if jax.process_index() == 0:
+            for note in about.get("notes", ()):
+                self.context.say(f"{self.stage.name}: {note}")
             write_json(self.context.folder / "config.json", record)
             if hasattr(self.stage.data, "export"):
                 self.stage.data.export(self.context.folder)

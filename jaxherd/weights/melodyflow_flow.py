@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError
@@ -61,6 +62,25 @@ class _Entry:
     rotary: bool = False
 
 
+def flow_config(
+    state: Mapping[str, np.ndarray],
+    *,
+    num_heads: int | None = None,
+    positional: Literal["sin", "rope", "sin_rope"] | None = None,
+    positional_scale: float = 1.0,
+    add_zero_attn: bool = True,
+    norm_first: bool = True,
+) -> VelocityTransformerConfig:
+    """Return the config that a state dict's shapes tell, with what they do not tell as given.
+
+    Raises:
+      JaxherdError: this is no flow model, or its table of rotations is another one.
+    """
+    state = {name.replace(".mha.", "."): value for name, value in state.items()}
+    config = _config(state, num_heads, positional, positional_scale, add_zero_attn, norm_first)
+    return _with_rounding(config, state)
+
+
 def read_flow_state(
     state: Mapping[str, np.ndarray],
     *,
@@ -82,9 +102,15 @@ def read_flow_state(
       JaxherdError: no flow model; missing, unknown and wrongly shaped tensors, all in one message.
     """
     state = {name.replace(".mha.", "."): value for name, value in state.items()}
-    config = _config(state, num_heads, positional, positional_scale, add_zero_attn, norm_first)
+    config = flow_config(
+        state,
+        num_heads=num_heads,
+        positional=positional,
+        positional_scale=positional_scale,
+        add_zero_attn=add_zero_attn,
+        norm_first=norm_first,
+    )
     rotary = {name for name in state if _ROPE.fullmatch(name)}
-    _check_frequencies(state, rotary, config)
     definition, params, _ = split(abstract(config.build, jax.random.key(0)))
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
     entries = list(_entries(config, shapes))
@@ -127,7 +153,10 @@ def write_flow_state(checkpoint: FlowCheckpoint) -> dict[str, np.ndarray]:
             thirds.setdefault(entry.theirs, [None] * 3)[entry.third] = value
     state |= {name: np.concatenate(parts) for name, parts in thirds.items()}
     if config.positional != "sin":
-        state["transformer.rope.frequencies"] = frequencies(RopeConfig(), config.head_dim)[0]
+        table = frequencies(RopeConfig(), config.head_dim)[0]
+        if config.rope_rounding == "bfloat16":
+            table = table.astype(ml_dtypes.bfloat16).astype(np.float32)
+        state["transformer.rope.frequencies"] = table
     return state
 
 
@@ -289,11 +318,30 @@ def _check(state, expected: Mapping[str, tuple[int, ...]], ignored: set[str]) ->
         raise JaxherdError("the flow state dict does not fit; " + "; ".join(parts) + ".")
 
 
-def _check_frequencies(state, names: set[str], config: VelocityTransformerConfig) -> None:
+def _with_rounding(config: VelocityTransformerConfig, state: Mapping) -> VelocityTransformerConfig:
+    """Return the config with the rounding of the stored frequencies, by which torch turns."""
     wanted = frequencies(RopeConfig(), config.head_dim)[0]
-    for name in sorted(names):
-        if state[name].shape != wanted.shape or not np.allclose(state[name], wanted, rtol=1e-3):
-            raise JaxherdError(
-                f"{name} is not that of heads of {config.head_dim} with base 10000: give num_heads, "
-                "if the base is not another."
-            )
+    rounded = wanted.astype(ml_dtypes.bfloat16).astype(np.float32)
+    found = set()
+    for name in sorted(name for name in state if _ROPE.fullmatch(name)):
+        table = np.asarray(state[name], np.float32)
+        # Between 1e-5, float32's error of a power, and 4e-3, bfloat16's, lies nothing that is known.
+        if table.shape == wanted.shape and np.allclose(table, wanted, rtol=1e-5, atol=0):
+            found.add("none")
+        elif table.shape == wanted.shape and np.allclose(table, rounded, rtol=4e-3, atol=0):
+            # Another library's power may fall to the other side when it is rounded.
+            if np.mean(table == rounded) < 0.9:
+                raise _other_table(name, config)
+            found.add("bfloat16")
+        else:
+            raise _other_table(name, config)
+    if len(found) > 1:
+        raise JaxherdError("the layers of this flow model turn by different tables of frequencies.")
+    return dataclasses.replace(config, rope_rounding=found.pop() if found else "none")
+
+
+def _other_table(name: str, config: VelocityTransformerConfig) -> JaxherdError:
+    return JaxherdError(
+        f"{name} is not that of heads of {config.head_dim} with base 10000: give num_heads, "
+        "if the base is not another."
+    )

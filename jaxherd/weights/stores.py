@@ -18,6 +18,8 @@ from jaxherd.core.errors import JaxherdError
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
+# What audiocraft calls its two files of a generator and its codec (melodyflow.md 3.5).
+AUDIOCRAFT = ("state_dict.bin", "compression_state_dict.bin")
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -93,6 +95,16 @@ def _open(file: pathlib.Path) -> Any:
         ) from error
 
 
+def safetensors_and_metadata(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return (all tensors, the file's own entries of text) of a safetensors file.
+
+    Raises:
+      JaxherdError: truncated or no safetensors file.
+    """
+    store = SafetensorsStore([path], str(path))
+    return {name: store.read(name) for name in store.shapes}, dict(_open(path).metadata() or {})
+
+
 def open_folder(folder: pathlib.Path) -> SafetensorsStore:
     """Open the safetensors of a folder: those its index names, or the only file.
 
@@ -125,6 +137,13 @@ def refuse_pickle(path: pathlib.Path) -> None:
     """Raise JaxherdError if `path` is a pickled checkpoint or a folder that holds one."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = next((file for file in files if file.suffix.lower() in PICKLED), None)
+    if found is not None and found.name in AUDIOCRAFT:
+        raise JaxherdError(
+            f"{str(found)!r} is one of the two files of a music model of audiocraft, which is no "
+            "single module: name its folder to `jaxherd music`, to "
+            "jaxherd.methods.music_files.load_music, or to `jaxherd convert --to jaxherd`; no code "
+            "in it is run."
+        )
     if found is not None:
         raise JaxherdError(
             f"{str(found)!r} is a pickle, which can run code when it is read: convert it to "

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.core.layouts import Layout
+from jaxherd.data.audio.latents import LatentClips
 from jaxherd.methods.flow_sampling import (
     SamplingPlan,
     evaluations,
@@ -20,6 +22,7 @@ from jaxherd.methods.flow_sampling import (
     sway_grid,
     transport,
 )
+from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
 
 _spec = importlib.util.spec_from_file_location(
@@ -114,6 +117,18 @@ def test_guidance_is_the_published_form():
     twice, alone = run(model)
     np.testing.assert_allclose(twice, jnp.concatenate([wanted, wanted]), atol=1e-4)
     np.testing.assert_allclose(alone, with_c, atol=1e-5)
+
+
+def test_guidance_moves_no_rows_between_devices(devices):
+    """Data-parallel, each row beside its null one: nothing is permuted or gathered."""
+    clips = LatentClips(latent_dim=4, frames=6, batch_size=16, coupling_group=16)
+    plan = SamplingPlan(4, cfg_coef=4.0)
+    stage = SampleMusic("samples", TINY, clips, 16, plan, layout=Layout("data", fsdp=1, data=-1))
+    program = stage.program(devices[:8])
+    text = program.step.lower(*stage.abstract_inputs(program)).compile().as_text()
+    assert "num_partitions=8" in text
+    for kind in ("collective-permute", "all-to-all", "all-gather"):
+        assert kind not in text, kind
 
 
 def test_guidance_is_off_towards_noise():

@@ -16,10 +16,11 @@ from tiny_music import LABELS, MEAN, RATE, STD
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import flatten, split
 from jaxherd.methods import music_model as music_lib
+from jaxherd.methods import told_network
 from jaxherd.methods.flow_sampling import SamplingPlan
 from jaxherd.methods.latent_inversion import inversion
 from jaxherd.methods.music_files import load_music, save_music
-from jaxherd.models.velocity_transformer import TextStates
+from jaxherd.models.velocity_transformer import TextStates, VelocityTransformer
 
 PLAN = SamplingPlan(4, "midpoint", cfg_coef=1.0)
 KEY = jax.random.key(7)
@@ -134,6 +135,43 @@ def test_edits_follow_seed_and_prompt_and_are_counted(model, method):
     assert np.isfinite(edited[0].inverted_std)
     steps = [r for r in told if r[0] == "editing"]
     assert steps[-1][1] == steps[-1][2] == len(steps)
+
+
+def test_reports_share_one_program(model, monkeypatch):
+    """A second call with another report traces nothing; each report hears of its own calls."""
+    traces, call = [], VelocityTransformer.__call__
+
+    def counted(self, *arguments, **words):
+        traces.append(1)
+        return call(self, *arguments, **words)
+
+    monkeypatch.setattr(VelocityTransformer, "__call__", counted)
+    wave, edit_plan = tiny_music.tone(0.031), inversion("fixed_point", steps=2)
+    runs = {
+        "generating": lambda r: model.generate("heavy metal", 0.031, PLAN, KEY, report=r),
+        "editing": lambda r: model.edit(wave, "heavy metal", edit_plan, KEY, report=r),
+    }
+    for what, run in runs.items():
+        heard, counts, made = ([], []), [], []
+        for own in heard:
+            made.append(run(lambda *r, own=own: own.append(r)).wave_BTC)
+            counts.append(len(traces))
+        assert counts[0] > 0 and counts[1] == counts[0], what
+        steps = [[r for r in own if r[0] == what] for own in heard]
+        assert steps[0] == steps[1]
+        total = steps[0][-1][2]
+        assert [done for _, done, _ in steps[0]] == list(range(1, total + 1))
+        np.testing.assert_array_equal(*made)
+    assert not told_network._told
+
+
+def test_a_report_that_fails_is_forgotten(model):
+    class Stopped(Exception):
+        pass
+
+    with pytest.raises(Stopped), told_network.told(model.velocity, print, "a", 1):
+        raise Stopped
+    assert not told_network._told
 
 
 def test_a_saved_model_is_the_same(model, tmp_path):

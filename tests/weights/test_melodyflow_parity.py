@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.layers import rope as rope_lib
+from jaxherd.layers.rope import RopeConfig
 from jaxherd.weights.melodyflow_flow import read_flow_state, write_flow_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -125,6 +127,29 @@ def test_all_that_does_not_fit_is_said_at_once():
         read_flow_state(state_of(golden), num_heads=4)
     with pytest.raises(JaxherdError, match="no flow model"):
         read_flow_state({"encoder.weight": np.zeros(2)})
+
+
+def test_rotations_that_were_stored_in_bfloat16_are_kept():
+    """Torch turns by the table of the file, whatever it was rounded to."""
+    golden = dict(np.load(GOLDEN / "melodyflow" / "six_layers_rope.npz"))
+    state, name = state_of(golden), "transformer.rope.frequencies"
+    rounded = state[name].astype(jnp.bfloat16).astype(np.float32)
+    assert (rounded != state[name]).any()
+    module = read_flow_state({**state, name: rounded}, num_heads=2).module
+    assert module.config.rope_rounding == "bfloat16"
+    assert read_flow_state(state, num_heads=2).module.config.rope_rounding == "none"
+    again = write_flow_state(read_flow_state({**state, name: rounded}, num_heads=2))
+    np.testing.assert_array_equal(again[name], rounded)
+    positions = jnp.full((1, 1), 700)
+    cos, sin = rope_lib.angles(RopeConfig(), 8, positions, rounded_to="bfloat16")
+    np.testing.assert_allclose(cos[0, 0], np.cos(700 * rounded), atol=1e-4)
+    np.testing.assert_allclose(sin[0, 0], np.sin(700 * rounded), atol=1e-4)
+    for other in (rounded * 1.02, state[name] * (1 + 1e-4)):
+        with pytest.raises(JaxherdError, match="base 10000"):
+            read_flow_state({**state, name: other}, num_heads=2)
+    one = {"transformer.layers.0.self_attn.rope.frequencies": state[name], name: rounded}
+    with pytest.raises(JaxherdError, match="different tables"):
+        read_flow_state({**state, **one}, num_heads=2)
 
 
 @pytest.mark.oracle

@@ -13,7 +13,14 @@ import numpy as np
 
 from jaxherd.core.batch import BatchField, BatchSpec
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.data.audio.tracks import AudioGroup, Track, open_track, split_tracks
+from jaxherd.data.audio.tracks import (
+    AudioGroup,
+    Track,
+    conversion_notes,
+    conversions,
+    open_track,
+    split_tracks,
+)
 from jaxherd.data.pipeline import GrainBatches, batch_rows, check_sharding
 
 SPLITS = ("train", "heldout")
@@ -138,6 +145,7 @@ class AudioClips:
             prefetch=self.prefetch,
             **place,
         )
+        every = [track for group in tracks for track in group]
         digests = [[t.digest for t in group] for group in tracks]
         about = {
             "groups": {
@@ -148,6 +156,8 @@ class AudioClips:
                 for group, own in zip(self.groups, tracks)
             },
             "sample_rate": self.sample_rate,
+            "converted": conversions(every),
+            "notes": conversion_notes(every),
         }
         settings = (
             digests,

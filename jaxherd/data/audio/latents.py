@@ -25,6 +25,8 @@ from jaxherd.data.coupling import couple
 from jaxherd.data.pipeline import GrainBatches, batch_rows, check_sharding
 
 INDEX = "index.json"
+# States of a text that a row holds, in training and when a model is used.
+TEXT_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ class LatentClips:
       coupling_group: rows among which noise is assigned, at most those of one process and dividing
         them; 1 leaves every row its own draw (independent pairing).
       text_dim, text_length: width of the text encoder's states, and how many of them a row holds
-        (longer captions are cut); 0 gives the group's label instead.
+        (longer captions are cut and counted); 0 gives the group's label instead.
       max_eval_clips: of each held-out track.
       threads, prefetch: as for `batch_rows`.
     """
@@ -153,7 +155,7 @@ class LatentClips:
     eval_batch_size: int | None = None
     coupling_group: int = 64
     text_dim: int = 0
-    text_length: int = 64
+    text_length: int = TEXT_LENGTH
     max_eval_clips: int = 16
     threads: int = 1
     prefetch: int = 4
@@ -236,12 +238,20 @@ class LatentClips:
             *(_digest(folder), self.frames, split, seed, size, group),
             *(self.text_dim, self.text_length),
         )
-        about = {
+        about: dict[str, Any] = {
             "labels": list(folder.labels),
             "tracks": len(tracks),
             "minutes": round(sum(map(len, tracks)) / folder.frame_rate / 60, 1),
             "frame_rate": folder.frame_rate,
         }
+        if self.text_dim:
+            lengths = [0 if t.text_ND is None else len(t.text_ND) for t in tracks]
+            about["captions_cut"] = sum(length > self.text_length for length in lengths)
+            if about["captions_cut"]:
+                about["notes"] = [
+                    f"{about['captions_cut']} of {len(tracks)} captions have more than "
+                    f"{self.text_length} tokens and are cut there."
+                ]
         return GrainBatches(
             dataset,
             fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
@@ -262,11 +272,24 @@ class LatentClips:
                 f"the latents of {self.stage!r} carry no text states of width {self.text_dim}: "
                 "encode them with that text encoder, or set text_dim=0."
             )
-        kept = text_ND[: self.text_length]
-        states = np.zeros((self.text_length, self.text_dim), np.float32)
-        states[: len(kept)] = kept
-        mask = (np.arange(self.text_length) < len(kept)).astype(np.float32)
-        return {**row, "text_states": states, "text_mask": mask}
+        fields = text_rows([text_ND], self.text_dim, self.text_length)
+        return {**row, **{name: value[0] for name, value in fields.items()}}
+
+
+def text_rows(states_ND: Sequence[np.ndarray], width: int, length: int) -> dict[str, np.ndarray]:
+    """Return the batch fields of texts: their states cut or padded to `length`, and the mask.
+
+    Args:
+      states_ND: [tokens, width] of each row; no token is the null condition.
+      width: of the states.
+      length: tokens of a row.
+    """
+    text_BND = np.zeros((len(states_ND), length, width), np.float32)
+    mask_BN = np.zeros((len(states_ND), length), np.float32)
+    for row, states in enumerate(states_ND):
+        kept = states[:length]
+        text_BND[row, : len(kept)], mask_BN[row, : len(kept)] = kept, 1.0
+    return {"text_states": text_BND, "text_mask": mask_BN}
 
 
 def coupled(batch: Mapping[str, np.ndarray], group: int) -> dict[str, np.ndarray]:

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.audio.files import audio_blocks, audio_info
+from jaxherd.data.audio.files import AudioInfo, audio_blocks, audio_info
 from jaxherd.data.cache import cache_root, locked
 from jaxherd.data.sources import resolve
 
@@ -53,11 +54,31 @@ class AudioGroup:
 
 
 class Track:
-    """One decoded recording; `caption` is the text of a file beside it (same name, .txt), or None."""
+    """One decoded recording.
 
-    def __init__(self, name: str, path: pathlib.Path, digest: str, caption: str | None = None):
+    Attributes:
+      name, digest: its folder and file, and a hash of the file.
+      caption: the text of a file beside it (same name, .txt), which may be empty; None without one.
+      source, sample_rate, channels: what its file holds, and what was made of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: pathlib.Path,
+        digest: str,
+        caption: str | None,
+        source: AudioInfo,
+        sample_rate: int,
+    ):
         self.name, self.digest, self.caption = name, digest, caption
+        self.source, self.sample_rate = source, sample_rate
         self._samples = np.load(path, mmap_mode="r")
+
+    @property
+    def channels(self) -> int:
+        """Audio channels."""
+        return self._samples.shape[1]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -90,7 +111,35 @@ def open_track(
                     partial.unlink(missing_ok=True)
     words = path.with_suffix(".txt")
     caption = words.read_text(encoding="utf-8").strip() if words.is_file() else None
-    return Track(f"{path.parent.name}/{path.stem}", target, digest, caption)
+    name = f"{path.parent.name}/{path.stem}"
+    return Track(name, target, digest, caption, audio_info(path), sample_rate)
+
+
+def conversions(tracks: Sequence[Track]) -> dict[str, int]:
+    """Return how many recordings came at another rate and with other channels than they have now."""
+    return {
+        "resampled": sum(t.source.sample_rate != t.sample_rate for t in tracks),
+        "other_channels": sum(t.source.channels != t.channels for t in tracks),
+    }
+
+
+def conversion_notes(tracks: Sequence[Track]) -> list[str]:
+    """Return a sentence about each kind of conversion that some of the recordings went through."""
+    counts, total = conversions(tracks), len(tracks)
+    rates = sorted({t.source.sample_rate for t in tracks if t.source.sample_rate != t.sample_rate})
+    widths = sorted({t.source.channels for t in tracks if t.source.channels != t.channels})
+    notes = []
+    if counts["resampled"]:
+        notes.append(
+            f"{counts['resampled']} of {total} recordings are at {', '.join(map(str, rates))} Hz, "
+            f"resampled to {tracks[0].sample_rate} Hz."
+        )
+    if counts["other_channels"]:
+        notes.append(
+            f"{counts['other_channels']} of {total} recordings have "
+            f"{', '.join(map(str, widths))} channel(s), made {tracks[0].channels}."
+        )
+    return notes
 
 
 def _decode(path: pathlib.Path, target: pathlib.Path, sample_rate: int, channels: int) -> None:
