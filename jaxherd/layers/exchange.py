@@ -62,7 +62,7 @@ def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
     rounds = _rounds(sizes_PPe, quota)
     # The first round stands outside of the loop: only there can the compiler let rows travel
     # while it computes what does not wait for them, as the shared expert.
-    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, jnp.zeros_like(rows_RD)))
+    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, _unwritten(rows_RD)))
 
 
 def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
@@ -93,7 +93,7 @@ def _exchange_backward(compute, quota, axis, saved, dy_RD):
         return d_rows_RD, jax.tree.map(lambda d, w: d.astype(w.dtype), wide, d_weights)
 
     rounds = _rounds(sizes_PPe, quota)
-    first = serve(0, jnp.zeros_like(rows_RD))
+    first = serve(0, _unwritten(rows_RD))
     d_rows_RD, d_weights = jax.lax.cond(rounds > 1, more, lambda carry: carry, first)
     return d_rows_RD, None, d_weights
 
@@ -104,6 +104,11 @@ _exchange.defvjp(_exchange_forward, _exchange_backward)
 def _rounds(sizes_PPe, quota: int):
     """Return how many rounds the busiest pair of devices needs; the same on all devices."""
     return (sizes_PPe.sum(axis=-1).max() + quota - 1) // quota
+
+
+def _unwritten(rows_RD):
+    """Return a buffer of which the rounds write every row once: filling it would cost a pass."""
+    return jax.lax.empty(rows_RD.shape, rows_RD.dtype)
 
 
 class _Round:
@@ -125,8 +130,8 @@ class _Round:
         self._order_C, self._back_C = _regroup(self._sizes_Pe, self._capacity)
 
     def dispatch(self, rows_RD):
-        """Return [C, D]: what arrives here, in order of sender; the tail is zero."""
-        out = jnp.zeros((self._capacity, rows_RD.shape[1]), rows_RD.dtype)
+        """Return [C, D]: what arrives here, in order of sender; the tail holds anything."""
+        out = jax.lax.empty((self._capacity, rows_RD.shape[1]), rows_RD.dtype)
         return _send(
             rows_RD, out, self._from_PP, self._counts_PP, self._to_PP, self._here, self._axis
         )
