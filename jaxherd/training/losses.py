@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, D width, V vocabulary, n chunks.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from jaxherd.core import sharding
 CHUNK_BYTES = 1 << 28
 # What divides the columns of an array that the TPU compiler scatters instead of summing whole.
 _LANES = 256
+# Finite, so that nothing becomes NaN; its exponential is zero.
+_NEVER = -1e30
 
 
 @jax.custom_vjp
@@ -109,7 +111,7 @@ def chunked_cross_entropy(
     specs = [whole] * len(leaves)
     if head_axes is not None:
         specs = [partitioner.spec(names) for names in tree.flatten_up_to(head_axes)]
-    parts = _Parts(tuple(specs))
+    parts = _Parts.of(head, specs)
 
     def on_device(head, hidden, targets, weights):
         return jax.lax.psum(local(head, hidden, targets, weights, parts), axes)
@@ -126,45 +128,58 @@ def chunked_cross_entropy(
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """How the leaves of a tree are split over the mesh, inside `shard_map`."""
+    """How the leaves of a tree are split over the mesh, inside `shard_map`.
+
+    Arrays move axis by axis and with padded columns: over several axes at once, or with a
+    vocabulary such as Llama 4's, the TPU compiler sums arrays whole instead of scattering them.
+    """
 
     specs: tuple[jax.sharding.PartitionSpec, ...] = ()
+    columns: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tree: Any, specs: Sequence[jax.sharding.PartitionSpec]) -> "_Parts":
+        """Return the parts of a tree whose leaves are split so."""
+        widths = tuple(leaf.shape[-1] if leaf.ndim else 1 for leaf in jax.tree.leaves(tree))
+        return cls(tuple(specs), widths)
 
     def gather(self, tree: Any) -> Any:
-        """Return the tree of whole arrays."""
+        """Return the tree of whole arrays; an array that is split before its columns is padded."""
 
-        def one(x, axes, dimension):
-            for axis in reversed((axes,) if isinstance(axes, str) else axes):
-                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+        def one(x, split, outer):
+            if outer:
+                x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
+            for dimension, axes in split:
+                for axis in reversed(axes):
+                    x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
             return x
 
-        return self._each(one, tree)
+        return self._each(lambda x, split, outer, _: one(x, split, outer), tree)
 
     def scatter(self, tree: Any) -> Any:
-        """Return this device's parts of the trees' sum over the devices that share them."""
+        """Return this device's parts of the sum of trees as `gather` gives them."""
 
-        def one(x, axes, dimension):
-            for axis in (axes,) if isinstance(axes, str) else axes:
-                x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-            return x
+        def one(x, split, outer, columns):
+            for dimension, axes in split:
+                for axis in axes:
+                    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+            return x[..., :columns] if outer else x
 
         return self._each(one, tree)
 
     def _each(self, move: Callable, tree: Any) -> Any:
-        # Axis by axis and with padded columns: over several axes at once, or with a vocabulary such
-        # as Llama 4's, the TPU compiler sums arrays whole instead.
+        if not self.specs:
+            return tree
         leaves, structure = jax.tree.flatten(tree)
         moved = []
-        for leaf, spec in zip(leaves, self.specs or [()] * len(leaves)):
-            split = [(dimension, axes) for dimension, axes in enumerate(spec) if axes]
-            columns = leaf.shape[-1] if leaf.ndim else 0
-            outer = bool(split) and split[-1][0] < leaf.ndim - 1
-            if outer and columns > _LANES:
-                widths = [(0, 0)] * (leaf.ndim - 1) + [(0, -columns % _LANES)]
-                leaf = jnp.pad(leaf, widths)
-            for dimension, axes in split:
-                leaf = move(leaf, axes, dimension)
-            moved.append(leaf[..., :columns] if outer else leaf)
+        for leaf, spec, columns in zip(leaves, self.specs, self.columns):
+            split = [
+                (d, (axes,) if isinstance(axes, str) else axes)
+                for d, axes in enumerate(spec)
+                if axes
+            ]
+            outer = bool(split) and split[-1][0] < leaf.ndim - 1 and columns > _LANES
+            moved.append(move(leaf, split, outer, columns))
         return structure.unflatten(moved)
 
 
@@ -178,13 +193,17 @@ def _chunked(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, target
     head = parts.gather(head)
 
     def body(total, chunk):
-        return total + _sums(score, z_loss, head, *chunk), None
+        return total + _sums(score, z_loss, vocab_size, head, *chunk), None
 
     return jax.lax.scan(body, jnp.zeros(3), chunks)[0]
 
 
-def _sums(score, z_loss, head, hidden, targets, weights):
-    nll, log_z = token_nll(score(head, hidden), targets)
+def _sums(score, z_loss, vocab_size, head, hidden, targets, weights):
+    logits = score(head, hidden)
+    if logits.shape[-1] > vocab_size:  # columns that only fill up lanes
+        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(column < vocab_size, logits, _NEVER)
+    nll, log_z = token_nll(logits, targets)
     total = (weights * nll).sum()
     return jnp.stack([total + z_loss * (weights * log_z**2).sum(), total, weights.sum()])
 
@@ -204,7 +223,7 @@ def _chunked_forward(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden
     if _chunks(batch * length * vocab_size * 4, length, chunk_bytes) == 1:
         # Everything fits: keep what the gradient needs instead of forming logits again.
         sums, pull = jax.vjp(
-            lambda o, h: _sums(score, z_loss, o, h, targets, weights), head, hidden
+            lambda o, h: _sums(score, z_loss, vocab_size, o, h, targets, weights), head, hidden
         )
         return sums, pull
     sums = _chunked(score, z_loss, vocab_size, chunk_bytes, _WHOLE, head, hidden, targets, weights)
@@ -220,7 +239,7 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_su
 
     def body(total, chunk):
         part, *rest = chunk
-        _, pull = jax.vjp(lambda o, h: _sums(score, z_loss, o, h, *rest), head, part)
+        _, pull = jax.vjp(lambda o, h: _sums(score, z_loss, vocab_size, o, h, *rest), head, part)
         d_head, d_part = pull(d_sums)
         return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, d_head), d_part
 
