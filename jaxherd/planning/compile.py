@@ -16,6 +16,7 @@ from jaxherd.planning import misfit
 from jaxherd.planning.costs import KERNEL_EFFICIENCY, CostModel
 from jaxherd.planning.hlo import Module, parse_hlo
 from jaxherd.planning.links import Fabric
+from jaxherd.planning.memory import compile_measured
 from jaxherd.planning.report import GIB, Buffer, CollectiveRow, MemoryUse, Plan
 from jaxherd.planning.timeline import Timeline, build_timeline
 
@@ -93,7 +94,11 @@ def compile_plan(
             advice=misfit.advise(target, state, state, dict(mesh.shape)),
         )
     try:
-        compiled = fn_jitted.lower(*abstract_args).compile(compiler_options=options or None)
+        lowered, held = fn_jitted.lower(*abstract_args), None
+        if target.kind == "tpu":
+            compiled, held = compile_measured(lowered, options)
+        else:
+            compiled = lowered.compile(compiler_options=options or None)
     except Exception as error:
         seconds = time.perf_counter() - start
         if misfit.is_out_of_memory(error):
@@ -102,7 +107,7 @@ def compile_plan(
             raise JaxherdError(f"The compiler for {target.name} says: {error}.") from error
         raise
     seconds = time.perf_counter() - start
-    memory = memory_use(compiled.memory_analysis(), target)
+    memory = memory_use(compiled.memory_analysis(), target, held)
     module = parse_hlo(compiled.as_text())
     needed = memory.arguments + memory.outputs - memory.aliased + memory.temporaries + memory.code
     # CPU and GPU compilers accept any size; there the table's figure decides.
@@ -160,14 +165,19 @@ def versions(target: Target) -> dict[str, str]:
     return found
 
 
-def memory_use(stats: Any, target: Target) -> MemoryUse:
-    """Turn `compiled.memory_analysis()` (bytes per device) into GiB per chip."""
+def memory_use(stats: Any, target: Target, held: int | None = None) -> MemoryUse:
+    """Turn `compiled.memory_analysis()` (bytes per device) into GiB per chip.
+
+    `held`, where it is known, are the bytes of all buffers; the temporaries are what it leaves.
+    """
     scale = target.chip.devices_per_chip / GIB
+    resident = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes if held is None else max(0, held - resident)
     return MemoryUse(
         arguments=stats.argument_size_in_bytes * scale,
         outputs=stats.output_size_in_bytes * scale,
         aliased=stats.alias_size_in_bytes * scale,
-        temporaries=stats.temp_size_in_bytes * scale,
+        temporaries=temporaries * scale,
         code=stats.generated_code_size_in_bytes * scale,
     )
 
