@@ -33,7 +33,8 @@ def generate(
              --out new.wav
 
     Args:
-        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        model: folder of a run of melodyflow/text_to_music, of a saved music model, or of the
+            published state_dict.bin and compression_state_dict.bin.
         out: .wav, .flac or .ogg.
         prompt: one of the model's labels, or a text; nothing, or an empty one, gives unconditional
             music.
@@ -87,7 +88,8 @@ def edit(
              --target-flowstep 0.1 --out edited.wav
 
     Args:
-        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        model: folder of a run of melodyflow/text_to_music, of a saved music model, or of the
+            published state_dict.bin and compression_state_dict.bin.
         source: the recording: WAV, FLAC, OGG or MP3, at any rate, up to 600 s.
         prompt: what it should become; an empty one is no condition at all.
         out: .wav, .flac or .ogg.
@@ -138,7 +140,8 @@ def encode(
     Example: jaxherd music encode runs/melodyflow-text_to_music-cpu song.ogg --out song.npz
 
     Args:
-        model: folder of a run of melodyflow/text_to_music, or of a saved music model.
+        model: folder of a run of melodyflow/text_to_music, of a saved music model, or of the
+            published state_dict.bin and compression_state_dict.bin.
         source: the recording: WAV, FLAC, OGG or MP3, at any rate, up to four hours; it is read and
             encoded piece by piece.
         out: the .npz file.

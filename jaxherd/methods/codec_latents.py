@@ -67,10 +67,11 @@ class EncodeRecordings:
         """Encode what is not encoded yet and write the index; returns the statistics."""
         autoencoder = load_autoencoder(self.model, context.artifacts[self.codec])
         describe = None if self.text_encoder is None else TextEncoder(self.text_encoder)
-        for note in conversion_notes([track for *_, track in self._recordings()]):
-            context.say(f"{self.name}: {note}")
         # Each process encodes its share into the folder that all of them see.
         own, processes = jax.process_index(), jax.process_count()
+        if own == 0:
+            for note in conversion_notes([track for *_, track in self._recordings()]):
+                context.say(f"{self.name}: {note}")
         for number, (_, group, _, track) in enumerate(self._recordings()):
             file = _latent_file(context.folder, track)
             if number % processes == own and not file.is_file():

@@ -28,7 +28,7 @@ _FLOW_NEEDED = ("dim", "num_heads", "num_layers", "norm_first", "positional_embe
 _FLOW_OPTIONAL = (
     *("hidden_scale", "bias_ff", "bias_attn", "bias_proj", "layer_scale", "positional_scale"),
     *("add_zero_attn", "skip_connections", "qk_layer_norm", "qk_layer_norm_cross"),
-    "cross_attention",
+    *("cross_attention", "latent_dim"),
 )
 _FLOW_FIXED = {
     "activation": "gelu",
@@ -41,7 +41,16 @@ _FLOW_FIXED = {
 }
 _FLOW_IGNORED = (
     *("attention_as_float32", "attention_dropout", "card", "cfg_coef", "checkpointing", "custom"),
-    *("depthwise_init", "dropout", "emb_lr", "lr", "memory_efficient", "n_q", "two_step_cfg"),
+    *(
+        "depthwise_init",
+        "dropout",
+        "emb_lr",
+        "lr",
+        "memory_efficient",
+        "n_q",
+        "q_modeling",
+        "two_step_cfg",
+    ),
     *("weight_decay", "weight_init", "zero_bias_init"),
 )
 _CODEC_NEEDED = (
@@ -250,6 +259,8 @@ def flow_settings(config: XpConfig) -> FlowSettings:
         "qk_norm_cross": lm.take("qk_layer_norm_cross", bool, False),
         "skip_connections": ("u_shaped" if lm.take("skip_connections", bool, False) else "none"),
     }
+    if "latent_dim" in lm.values:
+        sizes["latent_dim"] = lm.take("latent_dim", int)
     cross, encoder = _text(config, lm)
     seconds = _Section("dataset", config.section("dataset", optional=True))
     length = seconds.take("segment_duration", float)
@@ -340,4 +351,7 @@ def _ends(config: XpConfig, inner: _Section, dimension: int | None) -> dict[str,
 
 def _raise(where: str, wrong: list[str]) -> None:
     if wrong:
-        raise JaxherdError(f"{where}: its xp.cfg does not fit: {'; '.join(wrong)}.")
+        raise JaxherdError(
+            f"{where}: its xp.cfg does not fit: {'; '.join(wrong)}; take the files as they were "
+            "published, and name a key that changes no result in jaxherd.weights.melodyflow_config."
+        )

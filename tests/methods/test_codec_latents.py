@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
 from jaxherd.data.audio.latents import LatentClips, LatentFolder
 from jaxherd.data.audio.tracks import AudioGroup
+from jaxherd.methods import codec_latents
 from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
 from jaxherd.methods.codec_losses import MultiScaleMel
 from jaxherd.methods.codec_training import CodecTrainingConfig, ReconstructionCodec
@@ -23,6 +25,7 @@ from jaxherd.methods.flow_sampling import SamplingPlan
 from jaxherd.methods.music_files import load_music
 from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
+from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage, load_model
@@ -32,14 +35,15 @@ RATE, WIDTH = 2000, 4
 
 @pytest.fixture(scope="module")
 def music(tmp_path_factory):
-    """Two groups of three recordings: slow and fast tremolo of tones."""
+    """Two groups of three recordings: slow and fast tremolo of tones; the fast ones are stereo."""
     root = tmp_path_factory.mktemp("music")
     t = np.arange(RATE * 4) / RATE
     for number in range(3):
         for label, speed in (("slow", 1.0), ("fast", 8.0)):
             (root / label).mkdir(exist_ok=True)
             wave = 0.5 * np.sin(2 * np.pi * (150 + 40 * number) * t) * np.cos(np.pi * speed * t)
-            write_audio(root / label / f"{number}.wav", wave[:, None].astype("f4"), RATE)
+            wave_TC = np.repeat(wave[:, None], 2 if label == "fast" else 1, axis=1)
+            write_audio(root / label / f"{number}.wav", wave_TC.astype("f4"), RATE)
     return root
 
 
@@ -81,14 +85,15 @@ def run(music, tmp_path_factory):
         ),
         SampleMusic("samples", velocity, clips, 4, SamplingPlan(4), keep=2),
     )
-    folder = tmp_path_factory.mktemp("run")
+    folder, said = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXHERD_CACHE", str(folder / "cache"))
         experiment = Experiment("tests/music", "cpu", "cpu", stages)
         summary = run_experiment(
             experiment, folder, target="cpu", devices=tuple(jax.devices()[:1]), quiet=True,
-            say=lambda _: None,
+            say=said.append,
         )  # fmt: skip
+    (folder / "said.json").write_text(json.dumps(said))
     return folder, stages, summary
 
 
@@ -126,6 +131,59 @@ def test_latents_are_those_of_the_whole_recording(run, music):
     x = latents.standardise(mean + np.concatenate([t.std_FL for t in train]) * noise)
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.02)
     np.testing.assert_allclose(x.std(axis=0), 1, atol=0.02)
+
+
+def test_conversions_are_said_once_a_stage(run):
+    folder, _, _ = run
+    told = [line for line in json.loads((folder / "said.json").read_text()) if "made 1" in line]
+    assert told == [
+        "codec: 2 of 4 recordings have 2 channel(s), made 1.",
+        "latents: 3 of 6 recordings have 2 channel(s), made 1.",
+    ]
+    record = json.loads((folder / "codec" / "config.json").read_text())["data"]
+    assert record["converted"] == {"resampled": 0, "other_channels": 2}
+
+
+def test_an_empty_caption_is_no_condition(run, music, tmp_path, monkeypatch):
+    """The text beside a recording, or the group's label without one; an empty one has no state."""
+    folder, stages, _ = run
+    monkeypatch.setenv("JAXHERD_CACHE", str(tmp_path / "cache"))
+    for number, caption in enumerate(("", "a b c", None)):
+        for label in ("slow", "fast"):
+            (tmp_path / label).mkdir(exist_ok=True)
+            shutil.copy(music / label / f"{number}.wav", tmp_path / label)
+            if caption is not None:
+                (tmp_path / label / f"{number}.txt").write_text(f" {caption}\n")
+    encoder = T5EncoderConfig(40, 8, 1, 2, 4, 8).build(jax.random.key(0))
+    monkeypatch.setattr(codec_latents, "load", lambda source: encoder)
+    monkeypatch.setattr(codec_latents, "load_tokenizer", lambda source: Letters())
+    groups = tuple(AudioGroup(name, (str(tmp_path / name),)) for name in ("slow", "fast"))
+    stage = dataclasses.replace(
+        stages[1], data=dataclasses.replace(stages[1].data, groups=groups), text_encoder="t5"
+    )
+    context = StageContext(
+        tmp_path / "latents", {"codec": folder / "codec"}, "cpu", tuple(jax.devices()[:1]), 0,
+        say=lambda _: None,
+    )  # fmt: skip
+    stage.run(context)
+    latents = LatentFolder.open(context.folder)
+    tracks = latents.load("train") + latents.load("heldout")
+    tokens = {track.name: len(track.text_ND) for track in tracks}
+    # Letters and the end token.
+    assert tokens == {"slow/0": 0, "slow/1": 6, "slow/2": 5, "fast/0": 0, "fast/1": 6, "fast/2": 5}
+    clips = LatentClips(latent_dim=WIDTH, frames=16, text_dim=8, text_length=8)
+    for track in tracks:
+        row = clips._conditioned({"labels": 0, "text": track.text_ND})
+        assert row["text_mask"].sum() == tokens[track.name]
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    eos_id = 1
+
+    def encode(self, text):
+        return [2 + ord(letter) % 30 for letter in text]
 
 
 def test_the_run_is_a_music_model(run):

@@ -15,11 +15,13 @@ from tiny_music import LABELS, MEAN, RATE, STD
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import flatten, split
+from jaxherd.data.audio.latents import LatentClips
 from jaxherd.methods import music_model as music_lib
 from jaxherd.methods import told_network
 from jaxherd.methods.flow_sampling import SamplingPlan
 from jaxherd.methods.latent_inversion import inversion
 from jaxherd.methods.music_files import load_music, save_music
+from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models.velocity_transformer import TextStates, VelocityTransformer
 
 PLAN = SamplingPlan(4, "midpoint", cfg_coef=1.0)
@@ -217,6 +219,50 @@ def test_text_conditions_take_a_text_encoder(model, monkeypatch):
         texts.generate(prompt, 0.02, PLAN, KEY).latents_BFL for prompt in ("a slow waltz", "noise")
     )
     assert np.abs(one - two).max() > 1e-4
+
+
+def test_texts_are_cut_alike_in_training_and_in_use(model, monkeypatch):
+    """One limit: the clips', the model's and the sampling stage's fields are the same."""
+    config = dataclasses.replace(tiny_music.FLOW, conditioner=TextStates(6))
+    velocity = jax.jit(config.build)(jax.random.key(0))
+    long, short = "one two three four five six", "one two"
+
+    def states(text):
+        return np.arange(len(text.split()) * 6, dtype=np.float32).reshape(-1, 6) + len(text)
+
+    monkeypatch.setattr(music_lib, "text_encoder", lambda source: states)
+    texts = dataclasses.replace(
+        model, velocity=velocity, labels=(), text_encoder="t5", text_length=4
+    )
+    clips = LatentClips(latent_dim=4, frames=8, text_dim=6, text_length=4, coupling_group=1)
+    rows = [clips._conditioned({"labels": 0, "text": states(t)}) for t in (long, short)]
+    trained = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    stage = SampleMusic("samples", config, clips)
+    for found in (texts.text_batch([long, short], 6), stage._conditions(texts, [long, short])):
+        assert found.keys() == trained.keys()
+        for name, value in trained.items():
+            np.testing.assert_array_equal(found[name], value, name)
+    assert trained["text_mask"].sum(axis=1).tolist() == [4, 2]
+    assert texts.text_batch([None], 6)["text_mask"].sum() == 0
+    # The cut is told once for each prompt.
+    assert texts.notes(short, None, [long, "", long]) == (
+        "the prompt 'one two three four five six' has 6 tokens and is cut to the 4 that the "
+        "model's conditions have.",
+    )
+    plan = SamplingPlan(2, "euler")
+    assert len(texts.generate(long, 0.02, plan, KEY).notes) == 1
+    assert texts.generate(short, 0.02, plan, KEY).notes == () == model.notes("heavy metal")
+
+
+def test_the_limit_of_texts_is_kept_with_the_model(model, tmp_path):
+    limited = dataclasses.replace(model, text_length=7)
+    folder = save_music(limited, tmp_path / "saved")
+    assert load_music(folder).text_length == 7
+    entries = json.loads((folder / "config.json").read_text())
+    del entries["text_length"]  # as saved before there was one
+    (folder / "config.json").write_text(json.dumps(entries))
+    assert load_music(folder).text_length == 64
+    assert load_music(tiny_music.write_run(tmp_path / "run")).text_length == 64
 
 
 def test_what_cannot_be_is_told(model, tmp_path):

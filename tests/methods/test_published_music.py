@@ -96,6 +96,7 @@ def changed(config, path, value):
     "path, value, message",
     [
         ("transformer_lm.dim", 32, "embed_dim is 32 by its xp.cfg and 16 by its tensors"),
+        ("transformer_lm.latent_dim", 8, "latent_dim is 8 by its xp.cfg and 4 by its tensors"),
         ("transformer_lm.num_layers", 4, "num_layers is 4 by its xp.cfg and 3"),
         ("transformer_lm.bias_ff", ..., "bias_ff is True by its xp.cfg and False"),
         ("transformer_lm.skip_connections", False, "skip_connections is 'none'"),

@@ -40,6 +40,20 @@ def test_batches_fit_their_description(config, cache):
     assert {name: len(group["tracks"]) for name, group in about.items()} == {"tone": 3, "hiss": 3}
 
 
+def test_conversions_are_counted_and_told(config, cache):
+    about = build(config, cache).describe()
+    assert about["converted"] == {"resampled": 0, "other_channels": 0} and about["notes"] == []
+    other = dataclasses.replace(config, sample_rate=RATE // 2, channels=1)
+    about = build(other, cache).describe()
+    assert about["converted"] == {"resampled": 6, "other_channels": 6}
+    assert about["notes"] == [
+        "6 of 6 recordings are at 4000 Hz, resampled to 2000 Hz.",
+        "6 of 6 recordings have 2 channel(s), made 1.",
+    ]
+    # What is in the cache already was converted all the same.
+    assert build(other, cache).describe()["notes"] == about["notes"]
+
+
 def test_held_out_tracks_are_never_trained_on(config, cache):
     names = {
         split: {t.name for group in config.tracks(split, cache_dir=cache) for t in group}

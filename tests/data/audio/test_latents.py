@@ -90,6 +90,11 @@ def test_text_states_are_padded_and_masked(folder):
         track = states[0, 0]  # the number of the track is the value of its states
         assert kept == min(5, 2 + track)
         assert (states[:kept] == track).all() and (states[kept:] == 0).all()
+    about = build(folder, text_dim=4, text_length=4).describe()
+    assert about["captions_cut"] == 1
+    assert about["notes"] == ["1 of 4 captions have more than 4 tokens and are cut there."]
+    about = build(folder, **changes).describe()
+    assert about["captions_cut"] == 0 and "notes" not in about
     with pytest.raises(JaxherdError, match="no text states of width 7"):
         next(build(folder, text_dim=7))
 
