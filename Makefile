@@ -12,7 +12,7 @@ demo: install
 
 # Lint, types, import floors and the default tests, on the wheel that users would install.
 test: install-dev lint types floors
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint:
 	$(BIN)/ruff check .
