@@ -37,3 +37,11 @@ def random_wave(batch: int, length: int, channels: int) -> np.ndarray:
     return (
         np.random.RandomState(length).uniform(-1, 1, (batch, length, channels)).astype(np.float32)
     )
+
+
+def wave_pair(batch: int, length: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return an output and a target [B, T, C] that have something in common, channels included."""
+    waves = random_wave(3 * batch, length, channels)
+    common, own, target = waves[:batch], waves[batch : 2 * batch], waves[2 * batch :]
+    target = 0.7 * target + 0.3 * common[..., :1]
+    return 0.6 * target + 0.4 * own, target
