@@ -3,8 +3,8 @@
 What it reproduces: the 48 kHz stereo autoencoder of "High Fidelity Text-Guided Music Generation and
 Editing via Single-Stage Flow Matching" (arXiv 2407.03648), spec melodyflow.md 2: each step updates
 the multi-scale STFT discriminators by a hinge loss, and then the codec by the balanced sum of
-waveform, mel, adversarial and feature-matching losses.  The weights of the losses were not
-recovered: audiocraft's.
+waveform, mel, STFT, adversarial and feature-matching losses.  The weights of the losses were not
+recovered: audiocraft's, and a guess for the STFT loss, which audiocraft does not have.
 
 Scales
   cpu   the small codec of melodyflow/text_to_music with one small discriminator (a 512-point
@@ -23,8 +23,10 @@ Commands
 import dataclasses
 
 from jaxherd.core.experiment import Experiment, Scale
+from jaxherd.layers.spectral import StftConfig
 from jaxherd.methods.codec_losses import LossWeights
 from jaxherd.methods.codec_training import AdversarialCodec, CodecTrainingConfig
+from jaxherd.methods.stft_loss import MultiScaleStft
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, TrainStage
@@ -46,9 +48,11 @@ def _cpu() -> TrainStage:
     critic = StftDiscriminatorConfig(n_ffts=(512,), filters=4, stereo="separate")
     objective = AdversarialCodec(
         # As in the recipe the waveform has more weight than audiocraft's 0.1; the adversarial and
-        # the feature loss have together what the waveform has.
-        weights=LossWeights(adversarial=1.0, feature=1.0, waveform=2.0, mel=0.1, kl=1e-5),
+        # the feature loss have together what the waveform has.  The STFT loss's weight is not
+        # published: that of the mel loss, over windows of the same lengths.
+        weights=LossWeights(adversarial=1.0, feature=1.0, waveform=2.0, mel=0.1, kl=1e-5, stft=0.1),
         mel=plain.mel,
+        stft=MultiScaleStft(tuple(StftConfig(2**e) for e in plain.mel.exponents)),
         balancer=plain.balancer,
         waveform_loss=plain.waveform_loss,
         discriminator_optimizer=Optimizer(
@@ -57,7 +61,7 @@ def _cpu() -> TrainStage:
     )
     return dataclasses.replace(
         stage,
-        model=CodecTrainingConfig(stage.model.autoencoder, critic),
+        model=CodecTrainingConfig(stage.model.autoencoder, critic, stft_slot=True),
         data=dataclasses.replace(stage.data, clip_samples=12_000),
         objective=objective,
         run_config=dataclasses.replace(

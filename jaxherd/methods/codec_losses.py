@@ -28,6 +28,13 @@ class LossWeights:
 
     MelodyFlow's own weights are not published; these are audiocraft's, and Stable Audio's for the
     KL (melodyflow.md 2.1, 2.2).
+
+    Attributes:
+      adversarial, feature, waveform, mel: shares of the losses that are always there.
+      stft: share of the multi-scale STFT loss, which is not computed at zero.  Whether MelodyFlow has
+        that loss is not published, nor is its weight; a model needs a slot in its balancer for it
+        (`CodecTrainingConfig.stft_slot`).
+      kl, quantiser: factors.
     """
 
     adversarial: float = 4.0
@@ -36,6 +43,7 @@ class LossWeights:
     mel: float = 2.0
     kl: float = 1e-4
     quantiser: float = 1.0
+    stft: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Module, Tree
 from jaxherd.methods import codec_losses as losses
 from jaxherd.methods.balancer import Balancer, BalancerConfig, debiased, updated
+from jaxherd.methods.stft_loss import MultiScaleStft, multi_scale_stft
 from jaxherd.models.seanet import AudioAutoencoder, AudioAutoencoderConfig, Posterior
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig, Verdict
 from jaxherd.training.metrics import Metrics, pair
@@ -30,15 +31,25 @@ from jaxherd.training.phases import Phase
 from jaxherd.weights.registry import CONFIG_CLASSES
 
 WAVEFORM_LOSSES = {"l1": losses.waveform_l1, "relative": losses.waveform_relative}
+# Slots of the balancer, in the order of its buffers; models without the last are still about.
 BALANCED = ("adversarial", "feature", "waveform", "mel")
+WITH_STFT = (*BALANCED, "stft")
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecTrainingConfig:
-    """What is trained together; `discriminator` is None for reconstruction alone."""
+    """What is trained together.
+
+    Attributes:
+      autoencoder: the codec.
+      discriminator: None for reconstruction alone.
+      stft_slot: the balancer has a place for the multi-scale STFT loss.  It is part of a checkpoint's
+        shape, so that models from before that loss need it to be off.
+    """
 
     autoencoder: AudioAutoencoderConfig
     discriminator: StftDiscriminatorConfig | None = StftDiscriminatorConfig()
+    stft_slot: bool = False
 
     def build(self, key: jax.Array) -> "CodecTraining":
         """Return the module with freshly drawn parameters."""
@@ -78,7 +89,7 @@ class CodecTraining(Module):
         self.autoencoder = config.autoencoder.build(a)
         critic = config.discriminator
         self.discriminator = None if critic is None else critic.build(d)
-        self.balancer = Balancer(BALANCED)
+        self.balancer = Balancer(WITH_STFT if config.stft_slot else BALANCED)
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +146,7 @@ def reconstruct(
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionCodec:
-    """Waveform and mel losses, balanced, with the KL or the quantiser's loss beside them.
+    """Waveform, mel and STFT losses, balanced, with the KL or the quantiser's loss beside them.
 
     Attributes:
       weights: of the losses.
@@ -145,6 +156,7 @@ class ReconstructionCodec:
       relative_features: see `codec_losses.feature_matching`.
       latent_decay: of the tracked mean and deviation of the latents; not published.
       waveform_loss: "l1" as audiocraft, or "relative" (`codec_losses.waveform_relative`).
+      stft: the multi-scale STFT loss, where `weights.stft` is positive.
     """
 
     weights: losses.LossWeights = losses.LossWeights()
@@ -154,6 +166,7 @@ class ReconstructionCodec:
     relative_features: bool = False
     latent_decay: float = 0.99
     waveform_loss: Literal["l1", "relative"] = "l1"
+    stft: MultiScaleStft = MultiScaleStft()
 
     def __call__(
         self, model: CodecTraining, batch: Mapping[str, Any], key: jax.Array, *, frozen: Any = None
@@ -172,9 +185,10 @@ class ReconstructionCodec:
 
     def update_buffers(self, buffers: Tree, metrics: Metrics) -> Tree:
         """Return the buffers after a step: averaged gradient norms and latent statistics."""
+        names = WITH_STFT[: buffers["balancer"]["norms"].shape[0]]
         norms = {
             name: _value(metrics[f"gradient_norm/{name}"])
-            for name in BALANCED
+            for name in names
             if f"gradient_norm/{name}" in metrics
         }
         codec = buffers["autoencoder"]
@@ -188,11 +202,16 @@ class ReconstructionCodec:
         )
         std = jnp.sqrt(jnp.maximum(moments[1] - jnp.square(moments[0]), 0.0))
         codec = {**codec, "latent_mean": moments[0], "latent_std": std, "latent_count": count}
-        balancer = updated(buffers["balancer"], BALANCED, norms, self.balancer.ema_decay)
+        balancer = updated(buffers["balancer"], names, norms, self.balancer.ema_decay)
         return {**buffers, "autoencoder": codec, "balancer": balancer}
 
     def _loss(self, model, audio_BTC, key, *, adversarial: bool):
         weights, config = self.weights, model.autoencoder.config
+        if weights.stft > 0 and not model.config.stft_slot:
+            raise JaxherdError(
+                f"weights.stft is {weights.stft} and the model's balancer has no slot for that loss: "
+                "set stft_slot of the CodecTrainingConfig, or the weight to 0."
+            )
         audio_BTC = audio_BTC.astype(jnp.float32)
         output = reconstruct(model.autoencoder, audio_BTC, key if self.sample else None)
         parts: list[tuple[tuple[str, ...], Callable]] = [
@@ -202,6 +221,8 @@ class ReconstructionCodec:
                 lambda y: (losses.multi_scale_mel(y, audio_BTC, self.mel, config.sample_rate),),
             ),
         ]
+        if weights.stft > 0:
+            parts.append((("stft",), lambda y: (multi_scale_stft(y, audio_BTC, self.stft),)))
         if adversarial:
             parts.append((("adversarial", "feature"), self._judged(model, audio_BTC)))
         values, gradients = _gradients(parts, output.wave_BTC, weights)

@@ -10,15 +10,18 @@ import pytest
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import abstract, flatten, split
+from jaxherd.layers.spectral import StftConfig
 from jaxherd.methods import codec_losses as losses
 from jaxherd.methods.balancer import Balancer, BalancerConfig, updated
 from jaxherd.methods.codec_training import (
     BALANCED,
+    WITH_STFT,
     AdversarialCodec,
     CodecTrainingConfig,
     ReconstructionCodec,
     reconstruct,
 )
+from jaxherd.methods.stft_loss import MultiScaleStft, multi_scale_stft
 from jaxherd.models.codec_presets import averaged, quantised
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig, Verdict
@@ -27,6 +30,7 @@ from jaxherd.training import metrics as metrics_lib
 CODEC = AudioAutoencoderConfig(SeanetConfig(2, 4, 4, ratios=(4, 2), lstm=1), 8000)
 CRITIC = StftDiscriminatorConfig(n_ffts=(64, 32), filters=4)
 MEL = losses.MultiScaleMel(exponents=(5, 7), n_mels=8)
+STFT = MultiScaleStft((StftConfig(64), StftConfig(32)))
 
 
 def sines(batch: int = 3, samples: int = 512) -> jax.Array:
@@ -126,10 +130,19 @@ def trained():
     return split(jax.jit(CodecTrainingConfig(CODEC, CRITIC).build)(jax.random.key(0)))
 
 
-def test_the_gradient_is_the_balanced_one(trained):
+@pytest.fixture(scope="module")
+def trained_stft():
+    """The same with a slot for the STFT loss."""
+    config = CodecTrainingConfig(CODEC, CRITIC, stft_slot=True)
+    return split(jax.jit(config.build)(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("stft", [0.0, 1.5])
+def test_the_gradient_is_the_balanced_one(trained, trained_stft, stft):
     """Through the last bias, whose gradient is the sum over time of that at the output."""
-    definition, params, buffers = trained
-    objective = AdversarialCodec(losses.LossWeights(kl=0.0), MEL, sample=False)
+    definition, params, buffers = trained_stft if stft else trained
+    weights = losses.LossWeights(kl=0.0, stft=stft)
+    objective = AdversarialCodec(weights, MEL, sample=False, stft=STFT)
     audio = sines()
     name = f"decoder/layers/{len(CODEC.decoder_layers()) - 1}/bias"
 
@@ -152,6 +165,7 @@ def test_the_gradient_is_the_balanced_one(trained):
             "feature": lambda y: losses.feature_matching(real, model.discriminator(y)),
             "waveform": lambda y: losses.waveform_l1(y, audio),
             "mel": lambda y: losses.multi_scale_mel(y, audio, MEL, 8000),
+            "stft": lambda y: multi_scale_stft(y, audio, STFT),
         }
         total = 0.0
         for name, weight in (
@@ -159,10 +173,11 @@ def test_the_gradient_is_the_balanced_one(trained):
             ("feature", 4.0),
             ("waveform", 0.1),
             ("mel", 2.0),
+            ("stft", stft),
         ):
             g = jax.grad(functions[name])(output)
             norm = jnp.sqrt(jnp.sum(g**2, axis=(1, 2))).mean()
-            total += weight / 10.1 * g / norm / len(audio)
+            total += weight / (10.1 + stft) * g / norm / len(audio)
         return total.sum(axis=(0, 1))
 
     np.testing.assert_allclose(gradient(params), by_definition(params), rtol=1e-3, atol=1e-4)
@@ -220,6 +235,33 @@ def test_buffers_follow_the_latents_and_the_norms(trained):
     # The silent channel's variance is a difference of float32 squares near 25.
     np.testing.assert_allclose(codec["latent_std"], np.sqrt(square - mean**2), atol=5e-3)
     np.testing.assert_allclose(buffers["balancer"]["norms"], [0, 0, 0, 2.0], rtol=1e-5)
+
+
+def test_a_model_has_a_slot_for_the_stft_loss_or_is_as_it_was(trained, trained_stft):
+    """Checkpoints of models without it have four norms; the loss is told to need the fifth."""
+    audio, key = sines(), jax.random.key(1)
+    (definition, params, old), (with_slot, _, new) = trained, trained_stft
+    assert old["balancer"]["norms"].shape == (4,) and new["balancer"]["norms"].shape == (5,)
+    objective = ReconstructionCodec(losses.LossWeights(stft=1.0), MEL, stft=STFT)
+
+    def metrics_of(objective, definition, buffers):
+        return jax.eval_shape(
+            lambda p: objective(definition.merge(p, buffers), {"audio": audio}, key)[1], params
+        )
+
+    with pytest.raises(JaxherdError, match="set stft_slot"):
+        metrics_of(objective, definition, old)
+    assert {"stft", "gradient_norm/stft"} <= metrics_of(objective, with_slot, new).keys()
+    plain = ReconstructionCodec(mel=MEL)
+    assert "stft" not in metrics_of(plain, definition, old)
+    found = {
+        "latent/mean": (jnp.zeros(4), jnp.ones(4)),
+        "latent/square": (jnp.ones(4), jnp.ones(4)),
+        **{f"gradient_norm/{n}": (jnp.asarray(k + 1.0), 1.0) for k, n in enumerate(WITH_STFT)},
+    }
+    for buffers, count in ((old, 4), (new, 5)):
+        norms = objective.update_buffers(buffers, found)["balancer"]["norms"]
+        np.testing.assert_allclose(norms, np.arange(1.0, count + 1), rtol=1e-6)
 
 
 def test_train_flops_count_both_phases():
@@ -281,8 +323,9 @@ def train(config, objective, steps: int) -> list[dict]:
 )
 def test_a_few_steps_learn_something(kind):
     if kind == "adversarial":
-        weights = losses.LossWeights(adversarial=0.5, feature=0.5)
-        config, objective = CodecTrainingConfig(CODEC, CRITIC), AdversarialCodec(weights, MEL)
+        weights = losses.LossWeights(adversarial=0.5, feature=0.5, stft=0.5)
+        config = CodecTrainingConfig(CODEC, CRITIC, stft_slot=True)
+        objective = AdversarialCodec(weights, MEL, stft=STFT)
     else:
         codec = {
             "gaussian": lambda: CODEC,
@@ -295,6 +338,7 @@ def test_a_few_steps_learn_something(kind):
     assert all(np.isfinite(list(record.values())).all() for record in history)
     assert history[-1]["mel"] < 0.9 * history[0]["mel"]
     if kind == "adversarial":
+        assert history[-1]["stft"] < 0.9 * history[0]["stft"]
         assert history[-1]["discriminator/real"] > history[-1]["discriminator/fake"] + 0.1
     if kind in ("rvq", "averaged"):
         assert history[-1]["bits_per_frame"] == 6
