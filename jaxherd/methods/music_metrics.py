@@ -1,9 +1,16 @@
-"""What an edit or a sample is judged by: Frechet distance, chroma, onsets.  NumPy, on the host.
+"""What an edit or a sample is judged by: distances of features, chroma, onsets.  NumPy, on the host.
 
-Axis letters: T samples, C audio channels, K frames, N rows, F features.  Source: melodyflow.md 7.
+The formulas alone.  The networks that published scores put in front of them (VGGish, PaSST, CLAP)
+are downloaded at run time and no part of jaxherd: bring their outputs, or those of another network
+and say which.
+
+Axis letters: T samples, C audio channels, K frames, N rows, F features, L classes.
+Source: melodyflow.md 7.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -45,6 +52,106 @@ def frechet_of(a_NF: Float[np.ndarray, "N F"], b_NF: Float[np.ndarray, "M F"]) -
     covariances = (np.cov(x, rowvar=False).reshape(x.shape[1], -1) for x in (a, b))
     first, second = covariances
     return frechet_distance(a.mean(axis=0), first, b.mean(axis=0), second)
+
+
+def posterior_divergence(
+    reference_NL: Float[np.ndarray, "N L"],
+    made_NL: Float[np.ndarray, "M K"],
+    *,
+    classes: Literal["one", "many"] = "one",
+    floor: float = 1e-6,
+) -> float:
+    """Return the mean over rows of KL(reference || made) in nats: KLD of a tagger's posteriors.
+
+    One class of many, p over the row summing to 1:  sum_l p ln(p / q).
+    Tags that each hold or not:                      the same of (p, 1 - p), summed over tags.
+
+    Args:
+      reference_NL, made_NL: posteriors of pairs: a recording, and what was made for its caption.
+      classes: "one" for a softmax, "many" for a sigmoid a tag.
+      floor: within logarithms probabilities are at least this.
+    Raises:
+      JaxherdError: shapes that differ, no row, or rows that are no probabilities.
+    """
+    p, q = _pairs(reference_NL, made_NL, "posteriors")
+    for rows in (p, q):
+        if rows.min() < 0 or rows.max() > 1 + 1e-5:
+            raise JaxherdError("posteriors lie between 0 and 1: take the softmax or sigmoid first.")
+        if classes == "one" and np.abs(rows.sum(axis=1) - 1).max() > 1e-3:
+            raise JaxherdError(
+                "rows of posteriors of one class sum to 1: normalise them, or give classes='many' "
+                "for tags that each hold or not."
+            )
+
+    def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return (p * np.log(np.maximum(p, floor) / np.maximum(q, floor))).sum(axis=1)
+
+    found = divergence(p, q)
+    if classes == "many":
+        found = found + divergence(np.maximum(1 - p, 0), np.maximum(1 - q, 0))
+    return float(found.mean())
+
+
+def clap_score(text_NF: Float[np.ndarray, "N F"], audio_NF: Float[np.ndarray, "M G"]) -> float:
+    """Return the mean over pairs of <text, audio> / (||text|| ||audio||).
+
+    Args:
+      text_NF, audio_NF: embeddings of captions and clips by one CLAP network, pair by pair.
+    Raises:
+      JaxherdError: shapes that differ, no row, or an embedding that is all zero.
+    """
+    text, audio = _pairs(text_NF, audio_NF, "embeddings")
+    sizes = np.linalg.norm(text, axis=1) * np.linalg.norm(audio, axis=1)
+    if not sizes.all():
+        raise JaxherdError("an embedding is all zero and has no direction: leave its pair out.")
+    return float(((text * audio).sum(axis=1) / sizes).mean())
+
+
+def lpaps(
+    source: Sequence[Float[np.ndarray, "... _"]],
+    edit: Sequence[Float[np.ndarray, "... _"]],
+    weights: Sequence[Float[np.ndarray, "_"]] | None = None,
+) -> float:
+    """Return the layer-wise distance of two recordings' features in one network.
+
+        sum over layers of mean over positions of sum_f w_f (a_f / ||a|| - b_f / ||b||)^2
+
+    with norms over the features of a position; a position whose features are all zero stays zero.
+    The checkpoint that published figures use is known to be flawed (melodyflow.md 7).
+
+    Args:
+      source, edit: the maps of every layer, features last.
+      weights: w of every layer, as LPIPS learns them; 1 when None.
+    Raises:
+      JaxherdError: other numbers or shapes of layers or weights, no layer, or an empty one.
+    """
+    if not source or len(source) != len(edit) or len(weights or source) != len(source):
+        raise JaxherdError(
+            f"layers are compared one by one; got {len(source)} and {len(edit)}"
+            + ("" if weights is None else f" with {len(weights)} weights")
+            + "."
+        )
+    total = 0.0
+    for layer, maps in enumerate(zip(source, edit)):
+        a, b = _pairs(*maps, f"maps of layer {layer}")
+        scale = np.ones(a.shape[-1]) if weights is None else np.asarray(weights[layer])
+        if scale.shape != a.shape[-1:]:
+            raise JaxherdError(
+                f"layer {layer} has {a.shape[-1]} features and {scale.size} weights: give one each."
+            )
+        a, b = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-10) for x in (a, b))
+        total += float((np.square(a - b) @ scale).mean())
+    return total
+
+
+def _pairs(a: np.ndarray, b: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return both in float64, of one shape that is not empty."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or not a.size:
+        raise JaxherdError(f"{what} are compared pair by pair; got {a.shape} and {b.shape}.")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise JaxherdError(f"{what} must be finite numbers.")
+    return a, b
 
 
 def log_mel_embedding(

@@ -8,7 +8,7 @@ RUN is a folder that `jaxherd run melodyflow/text_to_music` leaves.  Prints one 
   of the best Gaussian predictor fitted to the training clips: by channel and frame together
   ("gaussian", full covariance of a clip), and by independent values ("white");
 - frechet: a row for each embedding, those of a trained network among them (they need the extra
-  `music-metrics`): distance from real held-out clips through the codec of generated clips, of other
+  `music-metrics`, and "tagger", which is not among the default ones, `music-tags`): distance from real held-out clips through the codec of generated clips, of other
   real clips (the floor), of decoded noise, of real latents with frames shuffled.
 """
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     names = ("log-mel", "notes", "onsets", "contours")
-    parser.add_argument("--embeddings", nargs="+", choices=names, default=names)
+    parser.add_argument("--embeddings", nargs="+", choices=(*names, "tagger"), default=names)
     a = parser.parse_args()
 
     from jaxherd.cli import common

@@ -45,3 +45,14 @@ def wave_pair(batch: int, length: int, channels: int) -> tuple[np.ndarray, np.nd
     common, own, target = waves[:batch], waves[batch : 2 * batch], waves[2 * batch :]
     target = 0.7 * target + 0.3 * common[..., :1]
     return 0.6 * target + 0.4 * own, target
+
+
+def plucked(seconds: float = 7.0, rate: int = 16_000) -> np.ndarray:
+    """Return plucked tones with a beat of noise, quiet, [T, 2] float32; the channels differ."""
+    random = np.random.RandomState(7)
+    t = np.arange(int(seconds * rate)) / rate
+    beat, note = t % 0.5, np.array([57, 64, 69, 60])[(t / 0.5).astype(int) % 4]
+    hertz = 440.0 * 2 ** ((note - 69) / 12)
+    tone = sum(np.sin(2 * np.pi * hertz * n * t) / n for n in range(1, 5)) * np.exp(-4 * beat)
+    noise = random.normal(size=(len(t), 2)) * np.exp(-40 * beat)[:, None]
+    return (0.05 * tone[:, None] * [1.0, 0.6] + 0.02 * noise).astype(np.float32)

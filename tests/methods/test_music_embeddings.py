@@ -149,7 +149,7 @@ class TestBasicPitch:
         with pytest.raises(JaxherdError, match="cut one of them"):
             embeddings.note_f_measure(tune, tune[:-1], sample_rate=RATE)
 
-    @pytest.mark.parametrize("name", embeddings.EMBEDDINGS)
+    @pytest.mark.parametrize("name", [n for n in embeddings.EMBEDDINGS if n != "tagger"])
     def test_frechet_tells_music_from_noise(self, name):
         chance = np.random.default_rng(1)
         scale = [A3, C4, E4, A4, C5]
