@@ -15,10 +15,10 @@ import tempfile
 
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
-import librosa  # noqa: E402
-import musicnn.extractor as package  # noqa: E402
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
+import librosa
+import musicnn.extractor as package
+import numpy as np
+import soundfile
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -49,7 +49,9 @@ def main():
             arrays = {"tags": tags, "features": found["penultimate"], "bands": bands[:, ::16]}
             np.savez_compressed(HERE / f"{name.lower()}.npz", **arrays)
             order = np.argsort(-tags.mean(axis=0))[:5]
-            print(name, tags.shape, [(labels[i], round(float(tags[:, i].mean()), 3)) for i in order])
+            print(
+                name, tags.shape, [(labels[i], round(float(tags[:, i].mean()), 3)) for i in order]
+            )
 
 
 if __name__ == "__main__":
