@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxherd.core.config_io import from_dict, to_dict
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import abstract, flatten, split
 from jaxherd.layers.spectral import StftConfig
@@ -26,6 +27,7 @@ from jaxherd.models.codec_presets import averaged, quantised
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig, Verdict
 from jaxherd.training import metrics as metrics_lib
+from jaxherd.weights.registry import CONFIG_CLASSES
 
 CODEC = AudioAutoencoderConfig(SeanetConfig(2, 4, 4, ratios=(4, 2), lstm=1), 8000)
 CRITIC = StftDiscriminatorConfig(n_ffts=(64, 32), filters=4)
@@ -239,6 +241,9 @@ def test_buffers_follow_the_latents_and_the_norms(trained):
 
 def test_a_model_has_a_slot_for_the_stft_loss_or_is_as_it_was(trained, trained_stft):
     """Checkpoints of models without it have four norms; the loss is told to need the fifth."""
+    written = to_dict(CodecTrainingConfig(CODEC, None))
+    del written["stft_slot"]  # as before there was such a loss
+    assert from_dict(written, CONFIG_CLASSES, where="model") == CodecTrainingConfig(CODEC, None)
     audio, key = sines(), jax.random.key(1)
     (definition, params, old), (with_slot, _, new) = trained, trained_stft
     assert old["balancer"]["norms"].shape == (4,) and new["balancer"]["norms"].shape == (5,)
