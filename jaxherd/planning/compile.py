@@ -14,6 +14,7 @@ from jaxherd.core.errors import JaxherdError
 from jaxherd.core.targets import Target, parse_target
 from jaxherd.planning import misfit
 from jaxherd.planning.costs import KERNEL_EFFICIENCY, CostModel
+from jaxherd.planning.flags import UNTIMED_GPU
 from jaxherd.planning.hlo import Module, parse_hlo
 from jaxherd.planning.links import Fabric
 from jaxherd.planning.memory import compile_measured
@@ -49,7 +50,8 @@ def compile_plan(
         tokens_per_step: tokens over all chips.
         experiment: name for the report.
         layout_name: name for the report.
-        compiler_options: XLA options, such as `planning.flags.options_for(target)`.
+        compiler_options: XLA options, such as `planning.flags.options_for(target)`; for GPUs they
+            are added to `planning.flags.UNTIMED_GPU`.
         matmul_dtype: operand type of the peak rate: `bf16`, `int8`, `fp8` or `f32`.
         rebuild: `(target) -> (fn_jitted, abstract_args, mesh)` for another target.  On a misfit the
             compiler names no buffers; with `rebuild` the same step is compiled for as many devices
@@ -63,7 +65,7 @@ def compile_plan(
             for the CPU), or the compiler refuses the program for another reason than memory.
     """
     _check_devices(abstract_args, target, mesh)
-    options = dict(compiler_options or {})
+    options = dict(UNTIMED_GPU if target.kind == "gpu" else {}) | dict(compiler_options or {})
     common: dict[str, Any] = dict(
         experiment=experiment,
         slice=target.name,

@@ -65,6 +65,10 @@ FLAG_SETS: Mapping[str, FlagSet] = MappingProxyType(
     }
 )
 
+# XLA picks the tiles of its Triton matmuls by timing them.  Without a GPU it takes one default, which
+# some shapes do not divide by ("Couldn't find output tile sizes"); cuBLAS has no such choice.
+UNTIMED_GPU: Mapping[str, Any] = MappingProxyType({"xla_gpu_enable_triton_gemm": False})
+
 DEFAULT_SETS: Mapping[str, str] = MappingProxyType(
     {"v5e": "none", "v5p": "sparsecore", "v6e": "sparsecore", "tpu7x": "none"}
 )
@@ -75,7 +79,7 @@ def options_for(
 ) -> dict[str, Any]:
     """Return the compiler options of a named set (default: the generation's), with overrides.
 
-    CPUs and GPUs have none of these options.
+    CPUs and GPUs have none of these options; `UNTIMED_GPU` is for planning alone.
 
     Raises:
         JaxherdError: the set is unknown or the generation does not have it.

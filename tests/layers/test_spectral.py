@@ -62,12 +62,32 @@ def by_definition(x: np.ndarray, config: StftConfig) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("samples", [48, 61])
-def test_stft_is_its_definition(config, samples):
+@pytest.mark.parametrize("transform", ["fft", "matmul"])
+def test_stft_is_its_definition(config, samples, transform):
     x = signal(samples, 2)
-    ours = np.asarray(stft(jnp.asarray(x), config))
+    ours = np.asarray(stft(jnp.asarray(x), config, transform=transform))
     assert ours.shape == (2, config.frames(samples), config.bins)
     for row, found in zip(x, ours):
         np.testing.assert_allclose(found, by_definition(row, config), atol=1e-5)
+
+
+def test_both_transforms_have_one_gradient():
+    x = jnp.asarray(signal(300))
+    config = StftConfig(64, normalized=True)
+
+    def loss(x, transform):
+        found = stft(x, config, transform=transform)
+        return jnp.square(found.real).sum() + jnp.abs(found.imag).sum()
+
+    fft, matmul = (jax.grad(loss)(x, transform) for transform in ("fft", "matmul"))
+    np.testing.assert_allclose(matmul, fft, atol=1e-4)
+
+
+def test_large_transforms_agree():
+    x = jnp.asarray(signal(8192))
+    config = StftConfig(2048, normalized=True)
+    fft, matmul = (stft(x, config, transform=t) for t in ("fft", "matmul"))
+    np.testing.assert_allclose(matmul, fft, atol=2e-5)
 
 
 def test_same_padding_gives_a_frame_for_every_begun_hop():
