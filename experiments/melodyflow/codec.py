@@ -9,7 +9,7 @@ recovered: audiocraft's, and a guess for the STFT loss, which audiocraft does no
 Scales
   cpu   the small codec of melodyflow/text_to_music with one small discriminator (a 512-point
         transform, L and R apart), 300 steps on the same recordings: about 7 minutes on two cores,
-        and enough to see both players learn, not enough to hear what the discriminator is for.
+        and enough to see both players move, not enough to hear what the discriminator is for.
   gpu   the released codec's shape with all five discriminators on one host of 8 GPUs.
   full  the same on v5e:8x8.
 
@@ -55,7 +55,7 @@ def _cpu() -> TrainStage:
         stft=MultiScaleStft(tuple(StftConfig(2**e) for e in plain.mel.exponents)),
         balancer=plain.balancer,
         waveform_loss=plain.waveform_loss,
-        # At 1e-3 it had not left chance after 300 steps.
+        # At 1e-3 it had not left chance after 300 steps; at this rate it does, and swings.
         discriminator_optimizer=Optimizer(
             schedule=Schedule(5e-3, "constant", 0), beta1=0.5, beta2=0.9, weight_decay=0.0, clip=1.0
         ),
