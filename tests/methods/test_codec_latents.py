@@ -14,7 +14,8 @@ from jaxherd.core.layouts import Layout
 from jaxherd.core.runner import run_experiment
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
-from jaxherd.data.audio.latents import LatentClips, LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder
+from jaxherd.data.audio.latents import LatentClips
 from jaxherd.data.audio.tracks import AudioGroup
 from jaxherd.methods import codec_latents
 from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
@@ -123,12 +124,13 @@ def test_latents_are_those_of_the_whole_recording(run, music):
     track = tracks[0]
     wave, _ = read_audio(music / f"{track.name}.wav")
     whole = jax.jit(lambda m, x: m.encode(x))(autoencoder, wave[None])
-    np.testing.assert_allclose(track.mean_FL, whole.mean_BTL[0], atol=1e-3)  # 16-bit samples
+    mean, std = track.read(0, len(track))
+    np.testing.assert_allclose(mean, whole.mean_BTL[0], atol=1e-3)  # 16-bit samples
+    np.testing.assert_allclose(std, whole.std_BTL[0], atol=1e-3)
     # Standardised training latents have mean 0 and deviation 1, samples of the posterior included.
     train = latents.load("train")
-    mean = np.concatenate([t.mean_FL for t in train])
-    noise = np.random.default_rng(0).normal(size=mean.shape)
-    x = latents.standardise(mean + np.concatenate([t.std_FL for t in train]) * noise)
+    mean, std = (np.concatenate(both) for both in zip(*[t.read(0, len(t)) for t in train]))
+    x = latents.standardise(mean + std * np.random.default_rng(0).normal(size=mean.shape))
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.02)
     np.testing.assert_allclose(x.std(axis=0), 1, atol=0.02)
 
@@ -168,13 +170,15 @@ def test_an_empty_caption_is_no_condition(run, music, tmp_path, monkeypatch):
     stage.run(context)
     latents = LatentFolder.open(context.folder)
     tracks = latents.load("train") + latents.load("heldout")
-    tokens = {track.name: len(track.text_ND) for track in tracks}
+    tokens = {track.name: track.tokens for track in tracks}
     # Letters and the end token.
     assert tokens == {"slow/0": 0, "slow/1": 6, "slow/2": 5, "fast/0": 0, "fast/1": 6, "fast/2": 5}
     clips = LatentClips(latent_dim=WIDTH, frames=16, text_dim=8, text_length=8)
     for track in tracks:
-        row = clips._conditioned({"labels": 0, "text": track.text_ND})
+        row = clips._conditioned({"labels": 0, "frame_mask": np.ones(16), "track": track})
         assert row["text_mask"].sum() == tokens[track.name]
+    # Tracks of one text share its states: none, "a b c" and the two labels.
+    assert len(list(context.folder.glob("text-*.npy"))) == 4
 
 
 class Letters:

@@ -65,7 +65,7 @@ def test_two_processes_do_what_one_does(music, tmp_path):
     # The first process speaks, and of its own share: half of the six.
     encoded = [sum("encoded" in line for line in out.splitlines()) for out in outputs]
     assert encoded == [3, 0], outputs
-    assert len(list((tmp_path / "two" / "latents").glob("*.npz"))) == 6
+    assert len(list((tmp_path / "two" / "latents").glob("*.npy"))) == 6
     one, two = (
         json.loads((tmp_path / name / "latents" / "index.json").read_text())
         for name in ("one", "two")

@@ -7,7 +7,8 @@ import pytest
 
 from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.audio.latents import LatentClips, LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder
+from jaxherd.data.audio.latents import LatentClips
 
 WIDTH, FRAMES = 3, 8
 
