@@ -179,6 +179,54 @@ def test_remat_changes_nothing():
     chex.assert_trees_all_close(gradient("none"), gradient("full"), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [TINY, ODD, PLAIN, dataclasses.replace(TINY, norm_first=False, add_zero_attn=False)],
+    ids=["tiny", "odd", "plain", "post_norm"],
+)
+def test_padding_changes_nothing(config):
+    """Velocities and gradients of real frames are those of rows without padding, whatever it holds."""
+    z, t, batch = inputs(3, frames=7)
+    lengths = (7, 4, 1)
+    mask = jnp.arange(7) < jnp.asarray(lengths)[:, None]
+    filled = jnp.where(mask[..., None], z, 1e3)
+    model = build(config)
+
+    @jax.jit
+    def padded(model, z):
+        def loss(model):
+            v = model(z, t, model.condition(batch), seen_BT=mask)
+            return jnp.square(jnp.where(mask[..., None], v, 0.0)).sum(), v
+
+        (_, v), gradients = jax.value_and_grad(loss, has_aux=True)(model)
+        return v, gradients
+
+    def alone(model):
+        found = []
+        for row, length in enumerate(lengths):
+            rows = slice(row, row + 1)
+            condition = model.condition({name: value[rows] for name, value in batch.items()})
+            found.append(model(z[rows, :length], t[rows], condition)[0])
+        return sum(jnp.square(v).sum() for v in found), found
+
+    (_, wanted), gradients = jax.jit(jax.value_and_grad(alone, has_aux=True))(model)
+    velocities, of_padded = padded(model, filled)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(velocities[row, :length], wanted[row], atol=1e-5)
+    chex.assert_trees_all_close(of_padded, gradients, atol=1e-4, rtol=1e-4)
+    # Without the mask the padding would be heard.
+    heard = jax.jit(lambda m: m(filled, t, m.condition(batch)))(model)
+    assert float(jnp.abs(heard[1, :4] - wanted[1]).max()) > 1e-2
+
+
+def test_a_mask_of_ones_is_no_mask():
+    z, t, batch = inputs()
+    model = build(TINY)
+    without = jax.jit(lambda m: m(z, t, m.condition(batch)))(model)
+    with_it = jax.jit(lambda m: m(z, t, m.condition(batch), seen_BT=jnp.ones((2, 7), bool)))(model)
+    np.testing.assert_allclose(with_it, without, atol=1e-6)
+
+
 def test_saved_and_loaded(tmp_path):
     for name, config in (("text", TINY), ("labels", ODD)):
         model = build(config)
