@@ -42,7 +42,8 @@ def masked_distances(
     valid_AF = valid_AF.astype(np.float64)
     a_AFK = a.reshape(*a.shape[:2], -1).astype(np.float64) * valid_AF[:, :, None]
     b_BFK = b.reshape(*b.shape[:2], -1).astype(np.float64)
-    squares = (a_AFK**2).sum(axis=(1, 2))[:, None] + valid_AF @ (b_BFK**2).sum(axis=2).T
+    squares_A = np.einsum("afk,afk->a", a_AFK, a_AFK)
+    squares = squares_A[:, None] + valid_AF @ np.einsum("bfk,bfk->bf", b_BFK, b_BFK).T
     products = a_AFK.reshape(len(a), -1) @ b_BFK.reshape(len(b), -1).T
     return np.maximum(squares - 2.0 * products, 0.0)
 

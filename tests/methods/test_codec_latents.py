@@ -14,7 +14,7 @@ from jaxherd.core.layouts import Layout
 from jaxherd.core.runner import run_experiment
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
-from jaxherd.data.audio.latent_tracks import LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder, write_track
 from jaxherd.data.audio.latents import LatentClips
 from jaxherd.data.audio.tracks import AudioGroup
 from jaxherd.methods import codec_latents
@@ -179,6 +179,66 @@ def test_an_empty_caption_is_no_condition(run, music, tmp_path, monkeypatch):
         assert row["text_mask"].sum() == tokens[track.name]
     # Tracks of one text share its states: none, "a b c" and the two labels.
     assert len(list(context.folder.glob("text-*.npy"))) == 4
+
+
+def test_a_stopped_encoding_goes_on_with_what_is_missing(run, tmp_path, monkeypatch):
+    """Stopped at the third track, one file cut off afterwards: five are encoded, all are right."""
+    folder, stages, _ = run
+    monkeypatch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(codec_latents, "write_track", stop_at(3))
+    said: list[str] = []
+    context = StageContext(
+        tmp_path / "latents", {"codec": folder / "codec"}, "cpu", tuple(jax.devices()[:1]), 0,
+        say=said.append,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        stages[1].run(context)
+    finished = sorted(context.folder.glob("*.npy"))
+    assert len(finished) == 2 and not (context.folder / "index.json").exists()
+    assert not list(context.folder.glob("*.partial"))
+    finished[0].write_bytes(finished[0].read_bytes()[:-1])
+    kept = finished[1].stat().st_mtime_ns
+    monkeypatch.setattr(codec_latents, "write_track", write_track)
+    said.clear()
+    stages[1].run(context)
+    assert sum(": encoded " in line for line in said) == 5
+    assert finished[1].stat().st_mtime_ns == kept
+    again, whole = (LatentFolder.open(path / "latents") for path in (tmp_path, folder))
+    for split in ("train", "heldout"):
+        for a, b in zip(again.load(split), whole.load(split), strict=True):
+            np.testing.assert_array_equal(a.read(0, len(a)), b.read(0, len(b)))
+
+
+def stop_at(count):
+    """`write_track` that is interrupted the `count`-th time."""
+    calls = []
+
+    def write(*arguments, **words):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        write_track(*arguments, **words)
+
+    return write
+
+
+def test_half_the_storage_is_said_and_changes_little(run, tmp_path, monkeypatch):
+    folder, stages, summary = run
+    monkeypatch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+    said: list[str] = []
+    context = StageContext(
+        tmp_path / "latents", {"codec": folder / "codec"}, "cpu", tuple(jax.devices()[:1]), 0,
+        say=said.append,
+    )  # fmt: skip
+    found = dataclasses.replace(stages[1], storage="float16").run(context)
+    assert "latents: latents are rounded to float16." in said
+    assert found["latent_std"] == pytest.approx(summary["latents"]["latent_std"], rel=2.0**-10)
+    half, whole = (LatentFolder.open(path / "latents") for path in (tmp_path, folder))
+    for a, b in zip(half.load("train"), whole.load("train"), strict=True):
+        for x, y in zip(a.read(0, len(a)), b.read(0, len(b))):
+            np.testing.assert_allclose(x, y, rtol=2.0**-11, atol=2.0**-25)
+    with pytest.raises(JaxherdError, match="storage='float8'"):
+        dataclasses.replace(stages[1], storage="float8")
 
 
 class Letters:

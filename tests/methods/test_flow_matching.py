@@ -163,7 +163,7 @@ def test_coupling_straightens_the_path():
     assert straight < 0.6 * curved
 
 
-NETWORK = VelocityTransformerConfig(8, 3, 2, latent_dim=3, conditioner=LabelEmbedding(2))
+NETWORK = VelocityTransformerConfig(8, 1, 2, latent_dim=3, conditioner=LabelEmbedding(2))
 # Nothing random but the jitter, which is off: rows of any length meet the same times.
 STILL = FlowMatching(sigma_min=0.0).evaluation((0.2, 0.7))
 
@@ -185,61 +185,59 @@ def cut(batch, row, length):
 
 def test_padding_does_not_count():
     """Loss and gradient are the means over all real frames of the rows without padding."""
-    lengths = (6, 2, 1, 5)
-    batch, model = padded_batch(lengths), jax.jit(NETWORK.build)(KEY)
-    dirty = {
-        **batch,
-        "latents": jnp.where(batch["frame_mask"][..., None] > 0, batch["latents"], 9.0),
-    }
-
-    def whole(model, batch):
-        return STILL(model, batch, KEY)
+    lengths = (4, 1)
+    batch = padded_batch(lengths, frames=5)
+    model = jax.jit(NETWORK.build)(KEY)
 
     def alone(model):
         losses = [STILL(model, cut(batch, row, n), KEY)[0] for row, n in enumerate(lengths)]
         return sum(n * loss for n, loss in zip(lengths, losses)) / sum(lengths)
 
-    differentiate = jax.jit(jax.value_and_grad(whole, has_aux=True))
-    (loss, metrics), gradients = differentiate(model, batch)
+    differentiate = jax.jit(jax.value_and_grad(lambda m, b: STILL(m, b, KEY), has_aux=True))
     wanted, of_alone = jax.jit(jax.value_and_grad(alone))(model)
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    chex.assert_trees_all_close(gradients, of_alone, atol=1e-5)
-    (loss, _), gradients = differentiate(model, dirty)
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    chex.assert_trees_all_close(gradients, of_alone, atol=1e-5)
-    found = means(metrics)
-    assert found["loss"] == pytest.approx(float(wanted), rel=1e-5)
-    assert found["real_frames"] == pytest.approx(14 / 24)
-    assert np.mean([found["loss_at/0.2"], found["loss_at/0.7"]]) == pytest.approx(found["loss"])
-    assert found["path_curvature"] == pytest.approx(found["loss"] * 3 * 14 / 4, rel=1e-5)
+    # What stands in the padding makes no difference either.
+    real = batch["frame_mask"][..., None] > 0
+    for latents in (batch["latents"], jnp.where(real, batch["latents"], 9.0)):
+        (loss, metrics), gradients = differentiate(model, {**batch, "latents": latents})
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+        chex.assert_trees_all_close(gradients, of_alone, atol=1e-5)
+        found = means(metrics)
+        assert found["loss"] == pytest.approx(float(wanted), rel=1e-5)
+        assert found["real_frames"] == pytest.approx(5 / 10)
+        assert np.mean([found["loss_at/0.2"], found["loss_at/0.7"]]) == pytest.approx(found["loss"])
+        assert found["path_curvature"] == pytest.approx(found["loss"] * 3 * 5 / 2, rel=1e-5)
 
 
 def test_random_times_and_dropout_are_those_without_a_mask():
-    """A mask of ones changes neither draws nor values."""
+    """A mask of ones changes neither draws nor values; random times weigh rows by their frames."""
     batch = padded_batch((6, 6, 6, 6))
     plain = {name: value for name, value in batch.items() if name != "frame_mask"}
-    model = jax.jit(NETWORK.build)(KEY)
-    call = jax.jit(lambda batch: FlowMatching()(model, batch, KEY))
-    (a, with_mask), (b, without) = call(batch), call(plain)
-    assert float(a) == pytest.approx(float(b), rel=1e-6)
+    model = Recorder(lambda z, t: jnp.sin(z))
+    loss, with_mask = FlowMatching()(Padded(model), batch, KEY)
+    other, without = FlowMatching()(model, plain, KEY)
+    for a, b in zip(*model.seen):
+        np.testing.assert_array_equal(a, b)
+    assert float(loss) == pytest.approx(float(other), rel=1e-6)
     with_mask, without = means(with_mask), means(without)
     assert with_mask.pop("real_frames") == 1.0 and with_mask.keys() == without.keys()
     for name, value in without.items():
         np.testing.assert_allclose(with_mask[name], value, rtol=1e-5)
+    loss, sums = FlowMatching()(Padded(model), padded_batch((6, 1, 2, 3)), KEY)
+    buckets = [value for name, value in sums.items() if name.startswith("loss_at/")]
+    total, weight = (float(sum(b[i] for b in buckets)) for i in range(2))
+    assert weight == 12 and total / weight == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_parts_of_a_batch_add_up(devices):
     """Weights are frames: halves of unequal length, and rows on eight devices, give the whole."""
-    batch, model = padded_batch((6, 6, 5, 6, 1, 2, 1, 1)), jax.jit(NETWORK.build)(KEY)
-    call = jax.jit(lambda model, batch: STILL(model, batch, KEY)[1])
-    whole = call(model, batch)
-    halves = [
-        call(model, jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(4), slice(4, 8))
-    ]
+    batch, model = padded_batch((6, 6, 5, 6, 1, 2, 1, 1)), Padded(Recorder(lambda z, t: jnp.sin(z)))
+    call = jax.jit(lambda batch: STILL(model, batch, KEY)[1])
+    whole = call(batch)
+    halves = [call({name: x[s] for name, x in batch.items()}) for s in (slice(4), slice(4, 8))]
     summed = means(add(*halves))
     mesh = jax.sharding.Mesh(np.asarray(devices), "rows")
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    apart = means(call(model, jax.device_put(batch, rows)))
+    apart = means(call(jax.device_put(batch, rows)))
     assert float(whole["loss"][1]) == 28
     for name, value in means(whole).items():
         np.testing.assert_allclose(summed[name], value, rtol=1e-5)

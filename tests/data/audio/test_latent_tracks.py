@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import tracemalloc
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_a_clip_takes_the_memory_of_a_clip_and_keeps_no_file_open(tmp_path):
     held = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
     assert str(file.resolve()) not in held
     del mean, tracks
-    assert str(file) not in open("/proc/self/maps").read()
+    assert str(file) not in pathlib.Path("/proc/self/maps").read_text()
 
 
 def test_float16_rounds_by_half_a_unit_in_the_last_place(tmp_path):
@@ -118,7 +119,8 @@ def damage(file, how):
         file.write_bytes(cut[how])
 
 
-DAMAGES = "absent pickle archive shape empty header half byte longer noise".split()
+DAMAGES = ["absent", "pickle", "archive", "shape", "empty", "header", "half", "byte", "longer",
+           "noise"]  # fmt: skip
 
 
 @pytest.mark.parametrize("how", DAMAGES)
