@@ -12,7 +12,7 @@ import numpy as np
 from jaxherd.core.experiment import Experiment
 from jaxherd.core.modules import abstract, split
 from jaxherd.core.runner import run_experiment
-from jaxherd.data.audio.latents import LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder
 from jaxherd.methods.codec_latents import EncodeRecordings
 from jaxherd.training.stage import RunConfig, TrainStage, load_model
 
@@ -106,7 +106,7 @@ def clips(latents: LatentFolder, split_name: str, per_label: int, seed: int) -> 
         for _ in range(per_label):
             track = own[int(chance.integers(len(own)))]
             start = int(chance.integers(len(track) - recipe.FRAMES + 1))
-            found.append(latents.standardise(track.mean_FL[start : start + recipe.FRAMES]))
+            found.append(latents.standardise(track.read(start, recipe.FRAMES)[0]))
             labels.append(label)
     return {"latents": jnp.asarray(np.stack(found)), "labels": jnp.asarray(labels, jnp.int32)}
 

@@ -1,6 +1,6 @@
 """Which noise goes with which example: exact optimal transport inside a batch, on the host.
 
-Axis letters: B batch.  Source: melodyflow.md 4 (mini-batch coupling).
+Axis letters: A, B batch, F frames, K values.  Source: melodyflow.md 4 (mini-batch coupling).
 """
 
 import dataclasses
@@ -33,12 +33,32 @@ def squared_distances(
     return np.maximum(squares - 2.0 * (a @ b.T), 0.0)
 
 
-def couple(latents: Float[np.ndarray, "B ..."], noise: Float[np.ndarray, "B ..."]) -> Coupling:
+def masked_distances(
+    a: Float[np.ndarray, "A F ..."],
+    b: Float[np.ndarray, "B F ..."],
+    valid_AF: Float[np.ndarray, "A F"],
+) -> Float[np.ndarray, "A B"]:
+    """Return the sums of (a_i - b_j)^2 over the frames that row i of `a` has, in float64."""
+    valid_AF = valid_AF.astype(np.float64)
+    a_AFK = a.reshape(*a.shape[:2], -1).astype(np.float64) * valid_AF[:, :, None]
+    b_BFK = b.reshape(*b.shape[:2], -1).astype(np.float64)
+    squares_A = np.einsum("afk,afk->a", a_AFK, a_AFK)
+    squares = squares_A[:, None] + valid_AF @ np.einsum("bfk,bfk->bf", b_BFK, b_BFK).T
+    products = a_AFK.reshape(len(a), -1) @ b_BFK.reshape(len(b), -1).T
+    return np.maximum(squares - 2.0 * products, 0.0)
+
+
+def couple(
+    latents: Float[np.ndarray, "B ..."],
+    noise: Float[np.ndarray, "B ..."],
+    valid: Float[np.ndarray, "B F"] | None = None,
+) -> Coupling:
     """Return the assignment that minimises the summed squared distance, solved exactly.
 
     Args:
-      latents, noise: of the same shape; everything behind the batch axis is flattened, so rows
-        are crops of one length.
+      latents, noise: of the same shape; everything behind the batch axis is flattened.
+      valid: for rows of several lengths, [B, F, ...]: 1 for the frames that each of the latents
+        has, 0 for padding.  The distance of latents j and noise i is that over the frames of j.
     Raises:
       ValueError: the shapes differ.
 
@@ -49,7 +69,10 @@ def couple(latents: Float[np.ndarray, "B ..."], noise: Float[np.ndarray, "B ..."
     if latents.shape != noise.shape:
         raise ValueError(f"latents {latents.shape} and noise {noise.shape} differ in shape")
     rows = len(latents)
-    cost_BB = squared_distances(latents.reshape(rows, -1), noise.reshape(rows, -1))
+    if valid is None:
+        cost_BB = squared_distances(latents.reshape(rows, -1), noise.reshape(rows, -1))
+    else:
+        cost_BB = masked_distances(latents, noise, valid)
     _, permutation_B = linear_sum_assignment(cost_BB)
     return Coupling(
         permutation_B,

@@ -16,11 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, write_json
 from jaxherd.core.modules import abstract, split
 from jaxherd.data.audio.clips import SPLITS, AudioClips
-from jaxherd.data.audio.latents import INDEX
+from jaxherd.data.audio.latent_tracks import (
+    DTYPES,
+    INDEX,
+    LatentTrack,
+    is_whole,
+    write_text,
+    write_track,
+)
 from jaxherd.data.audio.tracks import Track, conversion_notes
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import encode_chunks
@@ -32,7 +39,8 @@ from jaxherd.weights.load import load, load_tokenizer
 class EncodeRecordings:
     """Encode every recording of an audio data config, whole, without seams.
 
-    Each finished track is kept, so that a run that was stopped goes on with the next one.  The
+    Each finished track is kept, so that a run that was stopped goes on with the next one; a file
+    that was cut off is written again.  The
     statistics by which latents are standardised are those that codec training has tracked, or,
     with `statistics="measured"`, those of the training tracks' posteriors.
 
@@ -44,6 +52,8 @@ class EncodeRecordings:
         caption are kept beside the latents, of its group's label where no caption is given; an
         empty caption is no condition.  None keeps no text.
       frames_per_chunk: latent frames encoded at a time.
+      storage: "float16" keeps latents in half of the space; mean and deviation are then rounded by
+        at most 2^-11 of themselves, and recordings whose values do not fit are refused.
     """
 
     name: str
@@ -53,8 +63,11 @@ class EncodeRecordings:
     statistics: str = "measured"
     text_encoder: str | None = None
     frames_per_chunk: int = 250
+    storage: str = "float32"
 
     def __post_init__(self):
+        if self.storage not in DTYPES:
+            raise JaxherdError(f"storage={self.storage!r}: " + nearest(self.storage, DTYPES))
         if self.statistics not in ("measured", "tracked"):
             raise JaxherdError(f"statistics={self.statistics!r} must be 'measured' or 'tracked'.")
 
@@ -72,34 +85,57 @@ class EncodeRecordings:
         if own == 0:
             for note in conversion_notes([track for *_, track in self._recordings()]):
                 context.say(f"{self.name}: {note}")
+            if self.storage != "float32":
+                context.say(f"{self.name}: latents are rounded to {self.storage}.")
         for number, (_, group, _, track) in enumerate(self._recordings()):
+            if number % processes != own:
+                continue
+            # First the text: a track is finished when its latents are there.
+            text_file = self._text_file(context.folder, group, track)
+            if describe is not None and text_file is not None and not is_whole(text_file):
+                write_text(text_file, describe(_words(group, track)), writer=own)
             file = _latent_file(context.folder, track)
-            if number % processes == own and not file.is_file():
-                words = group if track.caption is None else track.caption
-                text = {} if describe is None else {"text": describe(words)}
-                self._encode(autoencoder, track, file, text)
+            if not is_whole(file):
+                self._encode(autoencoder, track, file)
                 context.say(f"{self.name}: encoded {track.name} ({group}).")
         if processes > 1:
             multihost_utils.sync_global_devices(f"{self.name}: recordings are encoded")
+        if own == 0:
+            write_json(context.folder / INDEX, self._index(autoencoder, context.folder))
+        if processes > 1:
+            multihost_utils.sync_global_devices(f"{self.name}: the index is written")
+        index = json.loads((context.folder / INDEX).read_text(encoding="utf-8"))
+        frames = sum(entry["frames"] for entry in index["tracks"])
+        return {
+            "tracks": len(index["tracks"]),
+            "minutes": round(frames / index["frame_rate"] / 60, 1),
+            "latent_std": float(np.mean(index["std"])),
+        }
+
+    def _index(self, autoencoder: AudioAutoencoder, folder: Path) -> dict[str, Any]:
+        """Return the index of all recordings; measured statistics take one pass over the latents."""
         entries, sums = [], np.zeros((3, autoencoder.config.seanet.dimension))
-        for name, _, label, track in self._recordings():
-            file = _latent_file(context.folder, track)
-            with np.load(file, allow_pickle=False) as data:
-                mean_FL, std_FL = data["mean"].astype(np.float64), data["std"].astype(np.float64)
-            if name == "train":
+        for name, group, label, track in self._recordings():
+            file, text_file = _latent_file(folder, track), self._text_file(folder, group, track)
+            latents = LatentTrack(track.name, label, file, text_file)
+            if name == "train" and self.statistics == "measured":
+                mean_FL, std_FL = (x.astype(np.float64) for x in latents.read(0, len(latents)))
                 sums += [
                     np.full(mean_FL.shape[1], len(mean_FL)),
                     mean_FL.sum(axis=0),
                     (mean_FL**2 + std_FL**2).sum(axis=0),
                 ]
-            entries.append({"file": file.name, "split": name, "label": label, "name": track.name,
-                            "frames": len(mean_FL)})  # fmt: skip
-        count, first, second = sums
-        mean_L, std_L = first / count, np.sqrt(np.maximum(second / count - (first / count) ** 2, 0))
+            entry = {"file": file.name, "split": name, "label": label, "name": track.name,
+                     "frames": len(latents)}  # fmt: skip
+            entries.append(entry | ({} if text_file is None else {"text": text_file.name}))
         if self.statistics == "tracked":
             mean_L = np.asarray(autoencoder.latent_mean[...])
             std_L = np.asarray(autoencoder.latent_std[...])
-        index = {
+        else:
+            count, first, second = sums
+            mean_L = first / count
+            std_L = np.sqrt(np.maximum(second / count - mean_L**2, 0))
+        return {
             "frame_rate": autoencoder.config.frame_rate,
             "sample_rate": autoencoder.config.sample_rate,
             "latent_dim": len(mean_L),
@@ -107,16 +143,6 @@ class EncodeRecordings:
             "mean": mean_L.tolist(),
             "std": std_L.tolist(),
             "tracks": entries,
-        }
-        if own == 0:
-            write_json(context.folder / INDEX, index)
-        if processes > 1:
-            multihost_utils.sync_global_devices(f"{self.name}: the index is written")
-        frames = sum(entry["frames"] for entry in entries)
-        return {
-            "tracks": len(entries),
-            "minutes": round(frames / autoencoder.config.frame_rate / 60, 1),
-            "latent_std": float(np.mean(std_L)),
         }
 
     def report(self, folder: Path) -> str:
@@ -137,28 +163,32 @@ class EncodeRecordings:
                 for track in tracks:
                     yield name, self.data.labels[label], label, track
 
-    def _encode(
-        self, autoencoder: AudioAutoencoder, track: Track, file: Path, more: dict[str, np.ndarray]
-    ) -> None:
+    def _text_file(self, folder: Path, group: str, track: Track) -> Path | None:
+        """Return where the states of a track's text are; tracks of one text share them."""
+        if self.text_encoder is None:
+            return None
+        said = json.dumps([self.text_encoder, _words(group, track)])
+        return folder / f"text-{hashlib.sha256(said.encode()).hexdigest()[:20]}.npy"
+
+    def _encode(self, autoencoder: AudioAutoencoder, track: Track, file: Path) -> None:
         length = self.frames_per_chunk * autoencoder.config.seanet.hop
         chunks = (
             track.read(start, min(length, len(track) - start))[None]
             for start in range(0, len(track), length)
         )
         found = list(encode_chunks(autoencoder, chunks, frames_per_chunk=self.frames_per_chunk))
-        mean_FL = np.concatenate([np.asarray(p.mean_BTL)[0] for p in found])
-        std_FL = np.concatenate([np.asarray(p.std_BTL)[0] for p in found])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{jax.process_index()}.partial")
-        arrays: dict[str, Any] = {"mean": mean_FL, "std": std_FL, **more}
-        save: Any = np.savez  # its stub takes the arrays' names for its own arguments
-        with partial.open("wb") as out:
-            save(out, **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
-        partial.replace(file)
+        mean_FL = np.concatenate([np.asarray(p.mean_BTL, np.float32)[0] for p in found])
+        std_FL = np.concatenate([np.asarray(p.std_BTL, np.float32)[0] for p in found])
+        write_track(file, mean_FL, std_FL, dtype=self.storage, writer=jax.process_index())
+
+
+def _words(group: str, track: Track) -> str:
+    """Return what a text encoder is given for a recording."""
+    return group if track.caption is None else track.caption
 
 
 def _latent_file(folder: Path, track: Track) -> Path:
-    return folder / f"{hashlib.sha256(track.digest.encode()).hexdigest()[:20]}.npz"
+    return folder / f"{hashlib.sha256(track.digest.encode()).hexdigest()[:20]}.npy"
 
 
 class TextEncoder:

@@ -2,6 +2,8 @@
 
     z_t = t x1 + (1 - t) x0 + sigma_min eps;   loss = mean (v(z_t, t, c) - (x1 - x0))^2
 
+over the frames that clips have: of padded rows the others neither count nor are seen.
+
 Axis letters: B batch, T frames, C latent channels.  Source: melodyflow.md 4.
 """
 
@@ -24,8 +26,9 @@ BUCKETS = 5
 class FlowMatching:
     """The objective.
 
-    Batch fields: latents [B, T, C], standardised; noise [B, T, C], already paired with them
-    (`jaxherd.data.coupling`); and those of the model's conditioner.
+    Batch fields: latents [B, T, C], standardised; noise [B, T, C] of unit variance, already paired
+    with them (`jaxherd.data.coupling`); those of the model's conditioner; and for clips of several
+    lengths frame_mask [B, T], 1 for the frames of a row and 0 for the padding behind them.
 
     Attributes:
       time: "logit_normal" draws t = sigmoid(N(mean, std)), "uniform" t in (0, 1); one t a row.
@@ -38,8 +41,12 @@ class FlowMatching:
         dropped: the form for evaluations.
       remat: what the forward pass keeps (`jaxherd.core.remat`).
 
-    Metrics, as means over rows: loss; path_curvature, the squared norm of v - (x1 - x0) of a
-    whole row; loss_at/lo-hi for five equal intervals of t, or loss_at/t for each of `times`.
+    Metrics, as means over rows, or over frames where there is a frame_mask: loss; loss_at/lo-hi for
+    five equal intervals of t, or loss_at/t for each of `times`; coupling/paired, the mean squared
+    difference of latents and noise, and coupling/independent, what it would be for a draw of the
+    noise that knows nothing of the latents, E (x1 - x0)^2 = E x1^2 + 1.  As means over rows:
+    path_curvature, the squared norm of v - (x1 - x0) of a whole row; and with a frame_mask
+    real_frames, the share of frames that are no padding.
     """
 
     time: Literal["logit_normal", "uniform"] = "logit_normal"
@@ -73,7 +80,7 @@ class FlowMatching:
     def __call__(
         self, model: Any, batch: Mapping[str, Any], key: jax.Array, *, frozen: Any = None
     ) -> tuple[jax.Array, Metrics]:
-        """Return the mean squared error over rows, frames and channels, and its metrics."""
+        """Return the mean squared error over rows, (real) frames and channels, and its metrics."""
         time_key, drop_key, jitter_key = jax.random.split(key, 3)
         rows = batch["latents"].shape[0]
         condition = model.condition(batch)
@@ -84,13 +91,14 @@ class FlowMatching:
             condition = condition.where(keep_B)
         t_B = self.sample_times(time_key, rows)
         error_B = self._errors(model, batch, condition, t_B, jitter_key)
-        metrics = self._metrics(error_B, batch)
+        loss, metrics = self._metrics(error_B, batch)
+        weight_B = _weights(batch)
         bucket_B = jnp.clip((t_B * BUCKETS).astype(jnp.int32), 0, BUCKETS - 1)
         for i in range(BUCKETS):
-            inside = (bucket_B == i).astype(jnp.float32)
+            inside = (bucket_B == i) * weight_B
             name = f"loss_at/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
             metrics[name] = pair((error_B * inside).sum(), inside.sum())
-        return error_B.mean(), metrics
+        return loss, metrics
 
     def _on_grid(self, model, batch, condition, key):
         rows = batch["latents"].shape[0]
@@ -99,30 +107,64 @@ class FlowMatching:
             return self._errors(model, batch, condition, jnp.full((rows,), t), key)
 
         error_GB = jax.lax.map(at, jnp.asarray(self.times, jnp.float32))
-        metrics = self._metrics(error_GB.mean(axis=0), batch)
+        loss, metrics = self._metrics(error_GB.mean(axis=0), batch)
+        weight_B = _weights(batch)
         for t, error_B in zip(self.times, error_GB):
-            metrics[f"loss_at/{t:g}"] = pair(error_B.sum(), rows)
-        return error_GB.mean(), metrics
+            metrics[f"loss_at/{t:g}"] = pair((error_B * weight_B).sum(), weight_B.sum())
+        return loss, metrics
 
     def _errors(self, model, batch, condition, t_B, key) -> jax.Array:
-        """Return the mean squared error of each row, in float32."""
+        """Return the mean squared error of each row over its frames, in float32."""
         x1_BTC = batch["latents"].astype(jnp.float32)
         x0_BTC = batch["noise"].astype(jnp.float32)
         t_B11 = t_B[:, None, None]
         jitter = self.sigma_min * jax.random.normal(key, x1_BTC.shape)
         z_BTC = t_B11 * x1_BTC + (1 - t_B11) * x0_BTC + jitter
-        v_BTC = model(z_BTC, t_B, condition, remat=self.remat)
-        return jnp.square(v_BTC.astype(jnp.float32) - (x1_BTC - x0_BTC)).mean(axis=(1, 2))
+        mask_BT = batch.get("frame_mask")
+        padding = {} if mask_BT is None else {"seen_BT": mask_BT > 0}
+        v_BTC = model(z_BTC, t_B, condition, remat=self.remat, **padding)
+        return _mean_squares(v_BTC.astype(jnp.float32) - (x1_BTC - x0_BTC), mask_BT)
 
-    def _metrics(self, error_B, batch) -> Metrics:
+    def _metrics(self, error_B, batch) -> tuple[jax.Array, Metrics]:
+        """Return the loss, sum over weight of the whole batch, and what is known of every batch."""
         rows, frames, channels = batch["latents"].shape
-        total = error_B.sum()
-        return {"loss": pair(total, rows), "path_curvature": pair(total * frames * channels, rows)}
+        mask_BT, weight_B = batch.get("frame_mask"), _weights(batch)
+        x1_BTC = batch["latents"].astype(jnp.float32)
+        distance_B = _mean_squares(x1_BTC - batch["noise"].astype(jnp.float32), mask_BT)
+        power_B = _mean_squares(x1_BTC, mask_BT)
+        frames_B = frames if mask_BT is None else weight_B
+        total, weight = (error_B * weight_B).sum(), weight_B.sum()
+        metrics = {
+            "loss": pair(total, weight),
+            "path_curvature": pair((error_B * frames_B).sum() * channels, rows),
+            "coupling/paired": pair((distance_B * weight_B).sum(), weight),
+            "coupling/independent": pair((power_B * weight_B).sum() + weight, weight),
+        }
+        if mask_BT is not None:
+            metrics["real_frames"] = pair(weight, rows * frames)
+        return total / weight, metrics
 
     def train_flops(self, model: Any, spec: Mapping[str, Any]) -> float:
         """Return FLOPs of a training step of the model's config on batches of this shape."""
         tokens = spec["text_states"].shape[1] if "text_states" in spec else 1
         return model.train_flops(*spec["latents"].shape[:2], tokens)
+
+
+def _weights(batch: Mapping[str, Any]) -> jax.Array:
+    """Return what each row counts: its frames where rows differ in length, else 1."""
+    if "frame_mask" in batch:
+        return batch["frame_mask"].astype(jnp.float32).sum(axis=1)
+    return jnp.ones(batch["latents"].shape[0], jnp.float32)
+
+
+def _mean_squares(values_BTC: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """Return the mean square of each row over channels and the frames that it has."""
+    if mask_BT is None:
+        return jnp.square(values_BTC).mean(axis=(1, 2))
+    seen_BT = mask_BT > 0
+    # Before the square: no gradient passes through what stands in the padding, whatever it is.
+    squares_BT = jnp.square(jnp.where(seen_BT[..., None], values_BTC, 0.0)).mean(axis=2)
+    return squares_BT.sum(axis=1) / jnp.maximum(seen_BT.sum(axis=1), 1)
 
 
 def gaussian_floor(

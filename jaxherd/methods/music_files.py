@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import write_json
-from jaxherd.data.audio.latents import INDEX, TEXT_LENGTH, LatentFolder
+from jaxherd.data.audio.latent_tracks import INDEX, LatentFolder
+from jaxherd.data.audio.latents import TEXT_LENGTH
 from jaxherd.data.sources import resolve
 from jaxherd.methods.codec_training import CodecTraining
 from jaxherd.methods.music_model import MusicModel

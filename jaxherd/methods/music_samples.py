@@ -103,7 +103,7 @@ class SampleMusic:
         spec = dataclasses.replace(
             self.clips, batch_size=self.batch_size, coupling_group=1
         ).batch_spec()
-        return {name: field for name, field in spec.items() if name != "latents"}
+        return {name: field for name, field in spec.items() if name not in _MADE}
 
     def program(self, devices: Any, compiler_options: Mapping[str, Any] | None = None) -> Sampler:
         """Return the sampler for these devices, real or abstract.
@@ -202,6 +202,8 @@ class SampleMusic:
 
 
 _PARTS = ("codec", "latents", "flow")
+# Fields of training batches that a sampler is not given: it makes clips of all frames.
+_MADE = ("latents", "frame_mask")
 
 
 def _gathered(made: jax.Array, program: Sampler) -> jax.Array:

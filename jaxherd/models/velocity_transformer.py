@@ -274,15 +274,18 @@ class MultiHeadAttention(Module):
         seen_BS: Bool[Array, "B S"] | None,
         table: tuple[jax.Array, jax.Array] | None,
         config: VelocityTransformerConfig,
+        *,
+        own: bool = False,
     ) -> Float[Array, "B T D"]:
         """Return the attention output.
 
         Args:
           x_BTD: the queries' source.
           states_BSD: the keys' and values' source.
-          seen_BS: which of them count; None is self-attention, where all do.
+          seen_BS: which of them count; None counts all.
           table: (cos, sin) of the positions, for RoPE.
           config: the model's.
+          own: queries and keys are the same frames; those that do not count get zeros.
         """
         q, k, v = self.q_proj(x_BTD), self.k_proj(states_BSD), self.v_proj(states_BSD)
         if self.q_norm is not None and self.k_norm is not None:
@@ -294,18 +297,21 @@ class MultiHeadAttention(Module):
             in_front = ((0, 0), (1, 0), (0, 0), (0, 0))
             k_BSNH, v_BSNH = jnp.pad(k_BSNH, in_front), jnp.pad(v_BSNH, in_front)
         batch, frames, keys = x_BTD.shape[0], x_BTD.shape[1], k_BSNH.shape[1]
-        positions_BS = _rows(batch, keys)
+        positions_BT, positions_BS = _rows(batch, frames), _rows(batch, keys)
         if seen_BS is not None:
+            if own:
+                positions_BT = jnp.where(seen_BS, positions_BT, -1)
             slot = ((0, 0), (keys - seen_BS.shape[1], 0))
-            seen_BS = jnp.pad(seen_BS, slot, constant_values=True)
-            positions_BS = jnp.where(seen_BS, positions_BS, -1)
-        alone = seen_BS is None and not config.add_zero_attn
+            counted_BS = jnp.pad(seen_BS, slot, constant_values=True)
+            positions_BS = jnp.where(counted_BS, positions_BS, -1)
+        # With a zero slot in front the keys are not the queries' own tokens.
+        alone = own and not config.add_zero_attn
         mask = AttentionMask(
-            _rows(batch, frames),
+            positions_BT,
             positions_BS,
             kind="bidirectional",
             self_attention=alone,
-            contiguous=alone,
+            contiguous=alone and seen_BS is None,
         )
         out_BTNH = attention(
             q_BTNH, k_BSNH, v_BSNH, mask=mask, implementation=config.attention_implementation
@@ -343,11 +349,11 @@ class VelocityLayer(Module):
         self.up = _linear(config, d, f, ("embed", "mlp"), keys[2], bias)
         self.down = _linear(config, f, d, ("mlp", "embed"), keys[3], bias)
 
-    def __call__(self, x_BTD, time_B1D, table, condition: Condition | None, config):
-        """Return the residual stream after this layer."""
+    def __call__(self, x_BTD, time_B1D, table, seen_BT, condition: Condition | None, config):
+        """Return the residual stream after this layer; frames that are not seen are nobody's keys."""
         if config.norm_first:
             y_BTD = self.attention_norm(x_BTD, time_B1D)
-            y_BTD = self.attention(y_BTD, y_BTD, None, table, config)
+            y_BTD = self.attention(y_BTD, y_BTD, seen_BT, table, config, own=True)
             x_BTD = self._add(x_BTD, y_BTD, self.attention_scale)
             if self.cross is not None and self.cross_norm is not None:
                 y_BTD = self._attend(self.cross_norm(x_BTD, time_B1D), condition, config)
@@ -355,7 +361,7 @@ class VelocityLayer(Module):
             y_BTD = self._feed_forward(self.feed_forward_norm(x_BTD))
             return self._add(x_BTD, y_BTD, self.feed_forward_scale)
         timed_BTD = (x_BTD + time_B1D).astype(x_BTD.dtype)
-        y_BTD = self.attention(timed_BTD, timed_BTD, None, table, config)
+        y_BTD = self.attention(timed_BTD, timed_BTD, seen_BT, table, config, own=True)
         x_BTD = self.attention_norm(self._add(x_BTD, y_BTD, self.attention_scale))
         if self.cross is not None and self.cross_norm is not None:
             y_BTD = self._attend(timed_BTD, condition, config)
@@ -445,6 +451,7 @@ class VelocityTransformer(Module):
         t_B: Float[Array, "B"],
         condition: Condition | None = None,
         *,
+        seen_BT: Bool[Array, "B T"] | None = None,
         remat: str = "none",
     ) -> Float[Array, "B T C"]:
         """Return float32 velocities.
@@ -453,6 +460,8 @@ class VelocityTransformer(Module):
           z_BTC: standardised latents on the way from noise to data.
           t_B: time of each row, 0 noise and 1 data.
           condition: from `condition`; None is the null condition.
+          seen_BT: which frames a row has, the others being padding behind them: their values change
+            nothing, and their velocities mean nothing.  None has all.
           remat: a policy of `jaxherd.core.remat`, applied to single layers.
         """
         config, dtype = self.config, self.in_proj.kernel[...].dtype
@@ -478,7 +487,7 @@ class VelocityTransformer(Module):
             condition = Condition(
                 jnp.zeros((batch, 1, config.embed_dim), dtype), jnp.zeros((batch, 1), bool)
             )
-        x_BTD = self._layers(residual(x_BTD), time_B1D, table, condition, remat)
+        x_BTD = self._layers(residual(x_BTD), (time_B1D, table, seen_BT, condition, config), remat)
         v_BTC = self.out_proj(self.out_norm(x_BTD)).astype(jnp.float32)
         # The target x1 - x0 has twice the variance of either.
         return v_BTC * jnp.sqrt(2.0)
@@ -488,16 +497,14 @@ class VelocityTransformer(Module):
         features = sinusoid(t_B, TIME_FEATURES)
         return self.time_out(jax.nn.silu(self.time_in(features))).astype(jnp.float32)
 
-    def _layers(self, x_BTD, time_B1D, table, condition, remat: str):
-        config = self.config
-
+    def _layers(self, x_BTD, shared: tuple, remat: str):
         def plain(x, layer):
-            x = layer(x, time_B1D, table, condition, config)
+            x = layer(x, *shared)
             return x, x
 
         def joined(x, scanned):
             layer, skip = scanned
-            return layer(x, skip, time_B1D, table, condition, config), None
+            return layer(x, skip, *shared), None
 
         skips_nBTD = None
         if self.lower is not None:

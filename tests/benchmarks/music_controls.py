@@ -34,7 +34,7 @@ def main() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxherd.data.audio.latents import LatentFolder
+    from jaxherd.data.audio.latent_tracks import LatentFolder
     from jaxherd.methods.flow_matching import gaussian_floor
     from jaxherd.methods.flow_sampling import SamplingPlan
     from jaxherd.methods.music_embeddings import embed_all, embedding
@@ -54,9 +54,8 @@ def main() -> None:
             own = [t for t in tracks if t.label == number % len(latents.labels)]
             track = own[int(chance.integers(len(own)))]
             start = int(chance.integers(len(track) - frames + 1))
-            rows = slice(start, start + frames)
-            noise = chance.standard_normal(track.mean_FL[rows].shape)
-            found.append(latents.standardise(track.mean_FL[rows] + track.std_FL[rows] * noise))
+            mean, std = track.read(start, frames)
+            found.append(latents.standardise(mean + std * chance.standard_normal(mean.shape)))
         return np.stack(found).astype(np.float32)
 
     times = (0.1, 0.3, 0.5, 0.7, 0.9)

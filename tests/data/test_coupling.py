@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxherd.data.coupling import couple, coupled_noise, squared_distances
+from jaxherd.data.coupling import couple, coupled_noise, masked_distances, squared_distances
 
 
 def test_the_assignment_is_the_best_of_all():
@@ -19,6 +19,22 @@ def test_the_assignment_is_the_best_of_all():
     assert sorted(found.permutation_B) == list(range(6))
     pairs = ((x - z[found.permutation_B]) ** 2).sum(axis=(1, 2)).mean()
     assert pairs == pytest.approx(found.cost_after, rel=1e-5)
+
+
+def test_masked_distances_count_the_frames_of_the_first():
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((2, 4, 6, 2, 2)).astype(np.float32)
+    mask = (np.arange(6) < np.array([6, 0, 2, 5])[:, None]).astype(np.float32)
+    wanted = [[(np.square(a[i] - b[j]).sum(axis=(1, 2)) * mask[i]).sum() for j in range(4)]
+              for i in range(4)]  # fmt: skip
+    np.testing.assert_allclose(masked_distances(a, b, mask), wanted, rtol=1e-5)
+    found = couple(a, b, mask)
+    cost = np.asarray(wanted)
+    every = [cost[np.arange(4), list(p)].mean() for p in itertools.permutations(range(4))]
+    assert found.cost_after == pytest.approx(min(every), rel=1e-5)
+    whole, plain = couple(a, b, np.ones_like(mask)), couple(a, b)
+    np.testing.assert_array_equal(whole.permutation_B, plain.permutation_B)
+    assert whole.cost_before == pytest.approx(plain.cost_before, rel=1e-9)
 
 
 def test_noise_that_fits_is_found_again():

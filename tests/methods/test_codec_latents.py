@@ -14,7 +14,8 @@ from jaxherd.core.layouts import Layout
 from jaxherd.core.runner import run_experiment
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
-from jaxherd.data.audio.latents import LatentClips, LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder, write_track
+from jaxherd.data.audio.latents import LatentClips
 from jaxherd.data.audio.tracks import AudioGroup
 from jaxherd.methods import codec_latents
 from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
@@ -123,12 +124,13 @@ def test_latents_are_those_of_the_whole_recording(run, music):
     track = tracks[0]
     wave, _ = read_audio(music / f"{track.name}.wav")
     whole = jax.jit(lambda m, x: m.encode(x))(autoencoder, wave[None])
-    np.testing.assert_allclose(track.mean_FL, whole.mean_BTL[0], atol=1e-3)  # 16-bit samples
+    mean, std = track.read(0, len(track))
+    np.testing.assert_allclose(mean, whole.mean_BTL[0], atol=1e-3)  # 16-bit samples
+    np.testing.assert_allclose(std, whole.std_BTL[0], atol=1e-3)
     # Standardised training latents have mean 0 and deviation 1, samples of the posterior included.
     train = latents.load("train")
-    mean = np.concatenate([t.mean_FL for t in train])
-    noise = np.random.default_rng(0).normal(size=mean.shape)
-    x = latents.standardise(mean + np.concatenate([t.std_FL for t in train]) * noise)
+    mean, std = (np.concatenate(both) for both in zip(*[t.read(0, len(t)) for t in train]))
+    x = latents.standardise(mean + std * np.random.default_rng(0).normal(size=mean.shape))
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=0.02)
     np.testing.assert_allclose(x.std(axis=0), 1, atol=0.02)
 
@@ -168,13 +170,75 @@ def test_an_empty_caption_is_no_condition(run, music, tmp_path, monkeypatch):
     stage.run(context)
     latents = LatentFolder.open(context.folder)
     tracks = latents.load("train") + latents.load("heldout")
-    tokens = {track.name: len(track.text_ND) for track in tracks}
+    tokens = {track.name: track.tokens for track in tracks}
     # Letters and the end token.
     assert tokens == {"slow/0": 0, "slow/1": 6, "slow/2": 5, "fast/0": 0, "fast/1": 6, "fast/2": 5}
     clips = LatentClips(latent_dim=WIDTH, frames=16, text_dim=8, text_length=8)
     for track in tracks:
-        row = clips._conditioned({"labels": 0, "text": track.text_ND})
+        row = clips._conditioned({"labels": 0, "frame_mask": np.ones(16), "track": track})
         assert row["text_mask"].sum() == tokens[track.name]
+    # Tracks of one text share its states: none, "a b c" and the two labels.
+    assert len(list(context.folder.glob("text-*.npy"))) == 4
+
+
+def test_a_stopped_encoding_goes_on_with_what_is_missing(run, tmp_path, monkeypatch):
+    """Stopped at the third track, one file cut off afterwards: five are encoded, all are right."""
+    folder, stages, _ = run
+    monkeypatch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(codec_latents, "write_track", stop_at(3))
+    said: list[str] = []
+    context = StageContext(
+        tmp_path / "latents", {"codec": folder / "codec"}, "cpu", tuple(jax.devices()[:1]), 0,
+        say=said.append,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        stages[1].run(context)
+    finished = sorted(context.folder.glob("*.npy"))
+    assert len(finished) == 2 and not (context.folder / "index.json").exists()
+    assert not list(context.folder.glob("*.partial"))
+    finished[0].write_bytes(finished[0].read_bytes()[:-1])
+    kept = finished[1].stat().st_mtime_ns
+    monkeypatch.setattr(codec_latents, "write_track", write_track)
+    said.clear()
+    stages[1].run(context)
+    assert sum(": encoded " in line for line in said) == 5
+    assert finished[1].stat().st_mtime_ns == kept
+    again, whole = (LatentFolder.open(path / "latents") for path in (tmp_path, folder))
+    for split in ("train", "heldout"):
+        for a, b in zip(again.load(split), whole.load(split), strict=True):
+            np.testing.assert_array_equal(a.read(0, len(a)), b.read(0, len(b)))
+
+
+def stop_at(count):
+    """`write_track` that is interrupted the `count`-th time."""
+    calls = []
+
+    def write(*arguments, **words):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        write_track(*arguments, **words)
+
+    return write
+
+
+def test_half_the_storage_is_said_and_changes_little(run, tmp_path, monkeypatch):
+    folder, stages, summary = run
+    monkeypatch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+    said: list[str] = []
+    context = StageContext(
+        tmp_path / "latents", {"codec": folder / "codec"}, "cpu", tuple(jax.devices()[:1]), 0,
+        say=said.append,
+    )  # fmt: skip
+    found = dataclasses.replace(stages[1], storage="float16").run(context)
+    assert "latents: latents are rounded to float16." in said
+    assert found["latent_std"] == pytest.approx(summary["latents"]["latent_std"], rel=2.0**-10)
+    half, whole = (LatentFolder.open(path / "latents") for path in (tmp_path, folder))
+    for a, b in zip(half.load("train"), whole.load("train"), strict=True):
+        for x, y in zip(a.read(0, len(a)), b.read(0, len(b))):
+            np.testing.assert_allclose(x, y, rtol=2.0**-11, atol=2.0**-25)
+    with pytest.raises(JaxherdError, match="storage='float8'"):
+        dataclasses.replace(stages[1], storage="float8")
 
 
 class Letters:

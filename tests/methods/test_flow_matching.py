@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jaxherd.models.velocity_transformer import (
     LabelEmbedding,
     VelocityTransformerConfig,
 )
-from jaxherd.training.metrics import means
+from jaxherd.training.metrics import add, means
 
 KEY = jax.random.key(0)
 
@@ -160,6 +161,128 @@ def test_coupling_straightens_the_path():
         for n in (apart, noise)
     )
     assert straight < 0.6 * curved
+
+
+NETWORK = VelocityTransformerConfig(8, 1, 2, latent_dim=3, conditioner=LabelEmbedding(2))
+# Nothing random but the jitter, which is off: rows of any length meet the same times.
+STILL = FlowMatching(sigma_min=0.0).evaluation((0.2, 0.7))
+
+
+def padded_batch(lengths, frames=6, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(frames) < np.asarray(lengths)[:, None]).astype("f4")
+    x, noise = rng.standard_normal((2, len(lengths), frames, 3)).astype("f4") * mask[..., None]
+    labels = np.arange(len(lengths), dtype=np.int32) % 2
+    batch = {"latents": x, "noise": noise, "frame_mask": mask, "labels": labels}
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def cut(batch, row, length):
+    """The row alone, without its padding."""
+    fields = {name: batch[name][row : row + 1] for name in ("latents", "noise", "labels")}
+    return fields | {name: fields[name][:, :length] for name in ("latents", "noise")}
+
+
+def test_padding_does_not_count():
+    """Loss and gradient are the means over all real frames of the rows without padding."""
+    lengths = (4, 1)
+    batch = padded_batch(lengths, frames=5)
+    model = jax.jit(NETWORK.build)(KEY)
+
+    def alone(model):
+        losses = [STILL(model, cut(batch, row, n), KEY)[0] for row, n in enumerate(lengths)]
+        return sum(n * loss for n, loss in zip(lengths, losses)) / sum(lengths)
+
+    differentiate = jax.jit(jax.value_and_grad(lambda m, b: STILL(m, b, KEY), has_aux=True))
+    wanted, of_alone = jax.jit(jax.value_and_grad(alone))(model)
+    # What stands in the padding makes no difference either.
+    real = batch["frame_mask"][..., None] > 0
+    for latents in (batch["latents"], jnp.where(real, batch["latents"], 9.0)):
+        (loss, metrics), gradients = differentiate(model, {**batch, "latents": latents})
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+        chex.assert_trees_all_close(gradients, of_alone, atol=1e-5)
+        found = means(metrics)
+        assert found["loss"] == pytest.approx(float(wanted), rel=1e-5)
+        assert found["real_frames"] == pytest.approx(5 / 10)
+        assert np.mean([found["loss_at/0.2"], found["loss_at/0.7"]]) == pytest.approx(found["loss"])
+        assert found["path_curvature"] == pytest.approx(found["loss"] * 3 * 5 / 2, rel=1e-5)
+
+
+def test_random_times_and_dropout_are_those_without_a_mask():
+    """A mask of ones changes neither draws nor values; random times weigh rows by their frames."""
+    batch = padded_batch((6, 6, 6, 6))
+    plain = {name: value for name, value in batch.items() if name != "frame_mask"}
+    model = Recorder(lambda z, t: jnp.sin(z))
+    loss, with_mask = FlowMatching()(Padded(model), batch, KEY)
+    other, without = FlowMatching()(model, plain, KEY)
+    for a, b in zip(*model.seen):
+        np.testing.assert_array_equal(a, b)
+    assert float(loss) == pytest.approx(float(other), rel=1e-6)
+    with_mask, without = means(with_mask), means(without)
+    assert with_mask.pop("real_frames") == 1.0 and with_mask.keys() == without.keys()
+    for name, value in without.items():
+        np.testing.assert_allclose(with_mask[name], value, rtol=1e-5)
+    loss, sums = FlowMatching()(Padded(model), padded_batch((6, 1, 2, 3)), KEY)
+    buckets = [value for name, value in sums.items() if name.startswith("loss_at/")]
+    total, weight = (float(sum(b[i] for b in buckets)) for i in range(2))
+    assert weight == 12 and total / weight == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_parts_of_a_batch_add_up(devices):
+    """Weights are frames: halves of unequal length, and rows on eight devices, give the whole."""
+    batch, model = padded_batch((6, 6, 5, 6, 1, 2, 1, 1)), Padded(Recorder(lambda z, t: jnp.sin(z)))
+    call = jax.jit(lambda batch: STILL(model, batch, KEY)[1])
+    whole = call(batch)
+    halves = [call({name: x[s] for name, x in batch.items()}) for s in (slice(4), slice(4, 8))]
+    summed = means(add(*halves))
+    mesh = jax.sharding.Mesh(np.asarray(devices), "rows")
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    apart = means(call(jax.device_put(batch, rows)))
+    assert float(whole["loss"][1]) == 28
+    for name, value in means(whole).items():
+        np.testing.assert_allclose(summed[name], value, rtol=1e-5)
+        np.testing.assert_allclose(apart[name], value, rtol=1e-5)
+    # The mean of the halves' means is another number.
+    assert abs(np.mean([means(h)["loss"] for h in halves]) - means(whole)["loss"]) > 1e-3
+
+
+def test_the_coupling_is_reported():
+    """Paired by chance the distance is what it is for any draw; assigned it is less."""
+    x = (0.5 * np.random.default_rng(0).standard_normal((64, 4, 3))).astype(np.float32)
+    model = Recorder(lambda z, t: jnp.zeros_like(z))
+    apart = np.random.default_rng(1).standard_normal(x.shape, dtype=np.float32)
+    together, coupling = coupled_noise(x, 1)
+    found = {}
+    for name, noise in (("apart", apart), ("together", together)):
+        batch = {"latents": jnp.asarray(x), "noise": jnp.asarray(noise)}
+        found[name] = means(FlowMatching()(model, batch, KEY)[1])
+    for values in found.values():
+        assert values["coupling/independent"] == pytest.approx(np.square(x).mean() + 1, rel=1e-5)
+    assert found["apart"]["coupling/paired"] == pytest.approx(coupling.cost_before / 12, rel=1e-5)
+    assert found["together"]["coupling/paired"] == pytest.approx(coupling.cost_after / 12, rel=1e-5)
+    assert found["apart"]["coupling/paired"] == pytest.approx(1.25, rel=0.1)
+    assert found["together"]["coupling/paired"] < 0.8 * found["together"]["coupling/independent"]
+    # Padded frames count in neither.
+    values = means(FlowMatching()(Padded(model), padded_batch((6, 1, 2, 3)), KEY)[1])
+    batch = padded_batch((6, 1, 2, 3))
+    total = float(jnp.square(batch["latents"] - batch["noise"]).sum())
+    assert values["coupling/paired"] == pytest.approx(total / 36, rel=1e-5)
+    power = float(jnp.square(batch["latents"]).sum())
+    assert values["coupling/independent"] == pytest.approx(power / 36 + 1, rel=1e-5)
+
+
+@dataclasses.dataclass
+class Padded:
+    """A recorder that takes a mask as well."""
+
+    recorder: Recorder
+
+    def condition(self, batch):
+        return None
+
+    def __call__(self, z, t, condition, *, remat, seen_BT):
+        assert seen_BT.shape == z.shape[:2] and seen_BT.dtype == bool
+        return self.recorder(z, t, condition, remat=remat)
 
 
 def test_errors():

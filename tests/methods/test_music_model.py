@@ -15,6 +15,7 @@ from tiny_music import LABELS, MEAN, RATE, STD
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import flatten, split
+from jaxherd.data.audio.latent_tracks import LatentTrack, write_text, write_track
 from jaxherd.data.audio.latents import LatentClips
 from jaxherd.methods import music_model as music_lib
 from jaxherd.methods import told_network
@@ -221,7 +222,7 @@ def test_text_conditions_take_a_text_encoder(model, monkeypatch):
     assert np.abs(one - two).max() > 1e-4
 
 
-def test_texts_are_cut_alike_in_training_and_in_use(model, monkeypatch):
+def test_texts_are_cut_alike_in_training_and_in_use(model, monkeypatch, tmp_path):
     """One limit: the clips', the model's and the sampling stage's fields are the same."""
     config = dataclasses.replace(tiny_music.FLOW, conditioner=TextStates(6))
     velocity = jax.jit(config.build)(jax.random.key(0))
@@ -235,7 +236,12 @@ def test_texts_are_cut_alike_in_training_and_in_use(model, monkeypatch):
         model, velocity=velocity, labels=(), text_encoder="t5", text_length=4
     )
     clips = LatentClips(latent_dim=4, frames=8, text_dim=6, text_length=4, coupling_group=1)
-    rows = [clips._conditioned({"labels": 0, "text": states(t)}) for t in (long, short)]
+    rows = []
+    for text in (long, short):
+        write_text(tmp_path / "text.npy", states(text))
+        write_track(tmp_path / "track.npy", np.zeros((8, 4), "f4"), np.ones((8, 4), "f4"))
+        track = LatentTrack("x", 0, tmp_path / "track.npy", tmp_path / "text.npy")
+        rows.append(clips._conditioned({"labels": 0, "frame_mask": np.ones(8), "track": track}))
     trained = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     stage = SampleMusic("samples", config, clips)
     for found in (texts.text_batch([long, short], 6), stage._conditions(texts, [long, short])):

@@ -59,13 +59,18 @@ def run(workdir, music, cache, processes: int) -> list[str]:
     return outputs
 
 
+def metrics(folder: pathlib.Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+
 def test_two_processes_do_what_one_does(music, tmp_path):
     run(tmp_path / "one", music, tmp_path / "cache", 1)
     outputs = run(tmp_path / "two", music, tmp_path / "cache", 2)
     # The first process speaks, and of its own share: half of the six.
     encoded = [sum("encoded" in line for line in out.splitlines()) for out in outputs]
     assert encoded == [3, 0], outputs
-    assert len(list((tmp_path / "two" / "latents").glob("*.npz"))) == 6
+    assert len(list((tmp_path / "two" / "latents").glob("*.npy"))) == 6
     one, two = (
         json.loads((tmp_path / name / "latents" / "index.json").read_text())
         for name in ("one", "two")
@@ -73,6 +78,13 @@ def test_two_processes_do_what_one_does(music, tmp_path):
     assert [t["name"] for t in one["tracks"]] == [t["name"] for t in two["tracks"]]
     np.testing.assert_allclose(two["mean"], one["mean"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(two["std"], one["std"], rtol=1e-3, atol=1e-3)
+    steps = [metrics(tmp_path / name / "flow") for name in ("one", "two")]
+    assert len(steps[0]) == 6 and all(0 < step["real_frames"] < 1 for step in steps[0])
+    for one, two in zip(*steps, strict=True):
+        # Each process counts its own frames; what is logged is the mean over all of them.
+        assert two["real_frames"] == pytest.approx(one["real_frames"], rel=1e-6)
+        for name in ("loss", "coupling/paired", "coupling/independent"):
+            assert two[name] == pytest.approx(one[name], rel=2e-2)
     waves = [read_audio(tmp_path / n / "samples" / "0-slow.wav")[0] for n in ("one", "two")]
     assert waves[0].shape == waves[1].shape
     assert np.abs(waves[0] - waves[1]).max() < 0.05 * np.abs(waves[0]).max()

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxherd.core.experiment import describe, write_json
 from jaxherd.core.modules import split
-from jaxherd.data.audio.latents import INDEX, LatentClips
+from jaxherd.data.audio.latent_tracks import INDEX
+from jaxherd.data.audio.latents import LatentClips
 from jaxherd.methods.codec_training import CodecTrainingConfig
 from jaxherd.methods.music_model import MusicModel
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig

@@ -38,7 +38,9 @@ def experiment(scale) -> Experiment:
         run_config=RunConfig(**settings, unit="samples"),
     )
     velocity = VelocityTransformerConfig(16, 2, 2, latent_dim=WIDTH, conditioner=LabelEmbedding(2))
-    clips = LatentClips(latent_dim=WIDTH, frames=16, batch_size=8, coupling_group=4)
+    clips = LatentClips(
+        latent_dim=WIDTH, frames=16, batch_size=8, coupling_group=4, min_frames=4, shorter_clips=0.5
+    )
     flow = TrainStage(
         name="flow",
         model=velocity,

@@ -179,6 +179,55 @@ def test_remat_changes_nothing():
     chex.assert_trees_all_close(gradient("none"), gradient("full"), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(TINY, num_layers=3),
+        dataclasses.replace(ODD, num_layers=1),
+        dataclasses.replace(PLAIN, num_layers=1),
+        dataclasses.replace(TINY, norm_first=False, add_zero_attn=False, num_layers=1),
+    ],
+    ids=["skips", "odd", "plain", "post_norm"],
+)
+def test_padding_changes_nothing(config):
+    """Velocities of real frames are those of rows without padding, whatever that holds.
+
+    The gradients are compared where there is a loss, in tests/methods/test_flow_matching.py.
+    """
+    z, t, batch = inputs(2, frames=7)
+    lengths = (4, 1)
+    mask = jnp.arange(7) < jnp.asarray(lengths)[:, None]
+    filled = jnp.where(mask[..., None], z, 1e3)
+
+    @jax.jit
+    def run(model):
+        condition = model.condition(batch)
+        alone = [
+            model(
+                z[i : i + 1, :n], t[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], condition)
+            )
+            for i, n in enumerate(lengths)
+        ]
+        return model(filled, t, condition, seen_BT=mask), model(filled, t, condition), alone
+
+    masked, heard, alone = run(build(config))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(masked[row, :length], alone[row][0], atol=1e-5)
+        # Without the mask the padding would be heard.
+        assert float(jnp.abs(heard[row, :length] - alone[row][0]).max()) > 1e-3
+    assert np.isfinite(masked).all()
+
+
+def test_a_mask_of_ones_is_no_mask():
+    z, t, batch = inputs()
+    ones = jnp.ones((2, 7), bool)
+    config = dataclasses.replace(TINY, num_layers=1)
+    with_it, without = jax.jit(
+        lambda m: [m(z, t, m.condition(batch), seen_BT=seen) for seen in (ones, None)]
+    )(build(config))
+    np.testing.assert_allclose(with_it, without, atol=1e-6)
+
+
 def test_saved_and_loaded(tmp_path):
     for name, config in (("text", TINY), ("labels", ODD)):
         model = build(config)

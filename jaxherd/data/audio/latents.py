@@ -1,16 +1,10 @@
-"""Latents of recordings: where a stage keeps them, and clips of them paired with noise.
-
-The folder holds `index.json` and one `.npz` a track with the posterior's mean and standard
-deviation, [frames, L] each, and where a text encoder was given its states of the caption,
-[tokens, D].  It is written by the stage that encodes recordings, of which this
-file knows nothing.
+"""Clips of standardised latents paired with noise, as batches.
 
 Axis letters: B batch, F frames, L latent width.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,109 +13,13 @@ from typing import Any
 import numpy as np
 
 from jaxherd.core.batch import BatchField, BatchSpec
-from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.data.audio.clips import ENDLESS, SPLITS
-from jaxherd.data.coupling import couple
+from jaxherd.core.errors import JaxherdError
+from jaxherd.data.audio.latent_rows import EvenLatents, RandomLatents, coupled
+from jaxherd.data.audio.latent_tracks import INDEX, LatentFolder, LatentTrack
 from jaxherd.data.pipeline import GrainBatches, batch_rows, check_sharding
 
-INDEX = "index.json"
 # States of a text that a row holds, in training and when a model is used.
 TEXT_LENGTH = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentTrack:
-    """The posterior of one recording."""
-
-    name: str
-    label: int
-    mean_FL: np.ndarray
-    std_FL: np.ndarray
-    text_ND: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.mean_FL)
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentFolder:
-    """What the folder of an encoding stage says.
-
-    Attributes:
-      path: of the folder.
-      frame_rate: frames a second; sample_rate: Hz of the recordings.
-      labels: names of the groups.
-      mean_L, std_L: the statistics by which latents are standardised.
-      tracks: file, split, label and name of each recording.
-    """
-
-    path: pathlib.Path
-    frame_rate: float
-    sample_rate: int
-    labels: tuple[str, ...]
-    mean_L: np.ndarray
-    std_L: np.ndarray
-    tracks: tuple[Mapping[str, Any], ...]
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "LatentFolder":
-        """Read the index.
-
-        Raises:
-          JaxherdError: there is none, or it is damaged.
-        """
-        path = pathlib.Path(path)
-        try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-            return cls(
-                path,
-                float(index["frame_rate"]),
-                int(index["sample_rate"]),
-                tuple(index["labels"]),
-                np.asarray(index["mean"], np.float32),
-                np.asarray(index["std"], np.float32),
-                tuple(index["tracks"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JaxherdError(
-                f"{str(path)!r} holds no latents ({type(error).__name__}: {error}): run the stage "
-                "that encodes the recordings."
-            ) from error
-
-    def load(self, split: str) -> list[LatentTrack]:
-        """Return the tracks of a split.
-
-        Raises:
-          JaxherdError: an unknown split, or a file that is absent or damaged.
-        """
-        if split not in SPLITS:
-            raise JaxherdError(f"There is no split {split!r}: {nearest(split, SPLITS)}")
-        found = []
-        for entry in self.tracks:
-            if entry["split"] != split:
-                continue
-            file = (self.path / entry["file"]).resolve()
-            if not file.is_relative_to(self.path.resolve()):
-                raise JaxherdError(f"{self.path / INDEX} names a file outside of its folder.")
-            try:
-                with np.load(file, allow_pickle=False) as data:
-                    track = LatentTrack(
-                        entry["name"],
-                        entry["label"],
-                        data["mean"],
-                        data["std"],
-                        data["text"] if "text" in data.files else None,
-                    )
-            except (OSError, ValueError, KeyError) as error:
-                raise JaxherdError(
-                    f"the latents {str(file)!r} are damaged: encode the recordings again."
-                ) from error
-            found.append(track)
-        return found
-
-    def standardise(self, latents: np.ndarray) -> np.ndarray:
-        """Return (x - mean) / (std + 1e-5).  Source: melodyflow.md 2.1."""
-        return (latents - self.mean_L) / (self.std_L + 1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +28,8 @@ class LatentClips:
 
     Batch fields: "latents" and "noise" float32 [B, F, L], and "labels" int32 [B] or, with
     `text_dim`, "text_states" float32 [B, text_length, text_dim] and "text_mask" [B, text_length].
+    With `min_frames` also "frame_mask" float32 [B, F], which is 1 for the frames that a clip has;
+    after them latents and noise are zero.
 
     Latents are sampled from their posterior.  Within groups of `coupling_group` rows the noise is
     assigned to the latents at the least total squared distance, exactly and on the host
@@ -145,6 +45,10 @@ class LatentClips:
       text_dim, text_length: width of the text encoder's states, and how many of them a row holds
         (longer captions are cut and counted); 0 gives the group's label instead.
       max_eval_clips: of each held-out track.
+      min_frames: recordings of fewer frames than F, but at least so many, take part as well, padded;
+        None has whole clips alone.  The paper says "up to 30 s, variable duration" and no more.
+      shorter_clips: probability that a training clip is cut to a random length between `min_frames`
+        and what it could have.
       threads, prefetch: as for `batch_rows`.
     """
 
@@ -157,6 +61,8 @@ class LatentClips:
     text_dim: int = 0
     text_length: int = TEXT_LENGTH
     max_eval_clips: int = 16
+    min_frames: int | None = None
+    shorter_clips: float = 0.0
     threads: int = 1
     prefetch: int = 4
 
@@ -170,6 +76,16 @@ class LatentClips:
             raise JaxherdError(
                 f"coupling_group={self.coupling_group} does not divide batch_size={self.batch_size}."
             )
+        if self.min_frames is not None and not 1 <= self.min_frames <= self.frames:
+            raise JaxherdError(
+                f"min_frames={self.min_frames} must lie between 1 and frames={self.frames}."
+            )
+        if not 0.0 <= self.shorter_clips <= 1.0:
+            raise JaxherdError(f"shorter_clips={self.shorter_clips} must lie between 0 and 1.")
+        if self.shorter_clips and self.min_frames is None:
+            raise JaxherdError(
+                f"shorter_clips={self.shorter_clips} needs min_frames, the length of the shortest."
+            )
 
     def batch_spec(self, split: str = "train") -> BatchSpec:
         """Return the global shapes of a batch; does no input or output."""
@@ -180,6 +96,8 @@ class LatentClips:
             "latents": BatchField(shape, "float32", axes),
             "noise": BatchField(shape, "float32", axes),
         }
+        if self.min_frames is not None:
+            fields["frame_mask"] = BatchField(shape[:2], "float32", axes[:2])
         if not self.text_dim:
             return fields | {"labels": BatchField((rows,), "int32", ("batch",))}
         words = (rows, self.text_length)
@@ -217,12 +135,22 @@ class LatentClips:
                 f"coupling_group={group} does not divide the {local} rows of one process."
             )
         tracks = folder.load(split)
+        self._check_text(tracks)
         place = {"process_index": process_index, "process_count": process_count}
         if split == "train":
-            rows: Any = RandomLatents(folder, tracks, self.frames, seed)
+            rows: Any = RandomLatents(
+                folder,
+                tracks,
+                self.frames,
+                seed,
+                least=self.min_frames,
+                shorter=self.shorter_clips,
+            )
             length = None
         else:
-            rows = EvenLatents(folder, tracks, self.frames, self.max_eval_clips, size)
+            rows = EvenLatents(
+                folder, tracks, self.frames, self.max_eval_clips, size, least=self.min_frames
+            )
             length = len(rows) // size
         source = grain.MapDataset.source(rows).map(self._conditioned)
         dataset = batch_rows(
@@ -232,47 +160,66 @@ class LatentClips:
             prefetch=self.prefetch,
             **place,
         )
-        if group > 1:
+        if group > 1 or self.min_frames is not None:
             dataset = dataset.map(lambda batch: coupled(batch, group))
-        settings = (
+        settings: tuple[Any, ...] = (
             *(_digest(folder), self.frames, split, seed, size, group),
             *(self.text_dim, self.text_length),
         )
+        if self.min_frames is not None:
+            settings += (self.min_frames, self.shorter_clips)
+        return GrainBatches(
+            dataset,
+            fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
+            portable=True,
+            about=self._about(folder, tracks),
+            length=length,
+            **place,
+        )
+
+    def _check_text(self, tracks: Sequence[LatentTrack]) -> None:
+        if self.text_dim and any(track.text_dim != self.text_dim for track in tracks):
+            raise JaxherdError(
+                f"the latents of {self.stage!r} carry no text states of width {self.text_dim}: "
+                "encode them with that text encoder, or set text_dim=0."
+            )
+
+    def _about(self, folder: LatentFolder, tracks: Sequence[LatentTrack]) -> dict[str, Any]:
+        """Return what a log should say, with a note about what is left out, padded or cut."""
+        least = self.frames if self.min_frames is None else self.min_frames
         about: dict[str, Any] = {
             "labels": list(folder.labels),
             "tracks": len(tracks),
             "minutes": round(sum(map(len, tracks)) / folder.frame_rate / 60, 1),
             "frame_rate": folder.frame_rate,
+            "too_short": sum(len(track) < least for track in tracks),
+            "padded": sum(least <= len(track) < self.frames for track in tracks),
         }
+        notes = []
+        if about["too_short"]:
+            notes.append(
+                f"{about['too_short']} of {len(tracks)} recordings have fewer than {least} frames "
+                "and take no part: min_frames says how short they may be."
+            )
         if self.text_dim:
-            lengths = [0 if t.text_ND is None else len(t.text_ND) for t in tracks]
+            lengths = [track.tokens or 0 for track in tracks]
             about["captions_cut"] = sum(length > self.text_length for length in lengths)
             if about["captions_cut"]:
-                about["notes"] = [
+                notes.append(
                     f"{about['captions_cut']} of {len(tracks)} captions have more than "
                     f"{self.text_length} tokens and are cut there."
-                ]
-        return GrainBatches(
-            dataset,
-            fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
-            portable=True,
-            about=about,
-            length=length,
-            **place,
-        )
+                )
+        return about | ({"notes": notes} if notes else {})
 
     def _conditioned(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
         """Return the row with what the model is conditioned on."""
-        text_ND = row.pop("text")
+        track = row.pop("track")
+        if self.min_frames is None:
+            row.pop("frame_mask")
         if not self.text_dim:
             return row
         row.pop("labels")
-        if text_ND is None or text_ND.shape[1] != self.text_dim:
-            raise JaxherdError(
-                f"the latents of {self.stage!r} carry no text states of width {self.text_dim}: "
-                "encode them with that text encoder, or set text_dim=0."
-            )
-        fields = text_rows([text_ND], self.text_dim, self.text_length)
+        fields = text_rows([track.text(self.text_length)], self.text_dim, self.text_length)
         return {**row, **{name: value[0] for name, value in fields.items()}}
 
 
@@ -290,95 +237,6 @@ def text_rows(states_ND: Sequence[np.ndarray], width: int, length: int) -> dict[
         kept = states[:length]
         text_BND[row, : len(kept)], mask_BN[row, : len(kept)] = kept, 1.0
     return {"text_states": text_BND, "text_mask": mask_BN}
-
-
-def coupled(batch: Mapping[str, np.ndarray], group: int) -> dict[str, np.ndarray]:
-    """Return the batch with its noise assigned to the latents within runs of `group` rows."""
-    noise = np.empty_like(batch["noise"])
-    for start in range(0, len(noise), group):
-        rows = slice(start, start + group)
-        order = couple(batch["latents"][rows], batch["noise"][rows]).permutation_B
-        noise[rows] = batch["noise"][rows][order]
-    return {**batch, "noise": noise}
-
-
-class RandomLatents:
-    """Row i is a clip, its posterior sample and its noise, which the seed and i alone decide."""
-
-    def __init__(self, folder: LatentFolder, tracks: Sequence[LatentTrack], frames: int, seed: int):
-        self._folder, self._frames, self._seed = folder, frames, seed
-        self._groups = [
-            [t for t in tracks if t.label == label and len(t) >= frames]
-            for label in sorted({t.label for t in tracks})
-        ]
-        if not all(self._groups) or not self._groups:
-            raise JaxherdError(f"a group has no recording of at least {frames} frames.")
-
-    def __len__(self) -> int:
-        return ENDLESS
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        chance = np.random.default_rng((self._seed, index))
-        group = self._groups[int(chance.integers(len(self._groups)))]
-        room = np.array([len(t) - self._frames + 1 for t in group], np.float64)
-        track = group[int(chance.choice(len(group), p=room / room.sum()))]
-        start = int(chance.integers(len(track) - self._frames + 1))
-        return latent_row(self._folder, track, start, self._frames, chance)
-
-
-class EvenLatents:
-    """Clips at even distances of every track, cut to whole batches."""
-
-    def __init__(
-        self,
-        folder: LatentFolder,
-        tracks: Sequence[LatentTrack],
-        frames: int,
-        most: int,
-        batch: int,
-    ):
-        self._folder, self._frames = folder, frames
-        places = []
-        for track in tracks:
-            room = len(track) - frames
-            if room >= 0:
-                count = min(most, 1 + room // frames)
-                starts = np.linspace(0, room, count + 2)[1:-1]
-                places += [(track, int(start)) for start in starts]
-        if len(places) < batch:
-            raise JaxherdError(
-                f"the held-out tracks give {len(places)} clips, less than a batch of {batch}: lower "
-                "eval_batch_size or raise max_eval_clips."
-            )
-        order = np.random.default_rng(0).permutation(len(places))
-        self._places = [places[i] for i in order[: len(places) // batch * batch]]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        track, start = self._places[index]
-        chance = np.random.default_rng((0, index))
-        return latent_row(self._folder, track, start, self._frames, chance)
-
-
-def latent_row(
-    folder: LatentFolder,
-    track: LatentTrack,
-    start: int,
-    frames: int,
-    chance: np.random.Generator,
-) -> dict[str, Any]:
-    """Return one row: a standardised posterior sample, noise of unit variance, label and text."""
-    mean_FL = track.mean_FL[start : start + frames]
-    noise = chance.standard_normal((2, *mean_FL.shape), dtype=np.float32)
-    sample_FL = mean_FL + track.std_FL[start : start + frames] * noise[0]
-    return {
-        "latents": folder.standardise(sample_FL).astype(np.float32),
-        "noise": noise[1],
-        "labels": np.asarray(track.label, np.int32),
-        "text": track.text_ND,
-    }
 
 
 def _digest(folder: LatentFolder) -> str:

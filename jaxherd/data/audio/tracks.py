@@ -73,19 +73,22 @@ class Track:
     ):
         self.name, self.digest, self.caption = name, digest, caption
         self.source, self.sample_rate = source, sample_rate
-        self._samples = np.load(path, mmap_mode="r")
+        # Mapped anew by each read: a map keeps its file open, and there may be more recordings than
+        # a process may open files.
+        self._path, (self._length, self._channels) = path, np.load(path, mmap_mode="r").shape
 
     @property
     def channels(self) -> int:
         """Audio channels."""
-        return self._samples.shape[1]
+        return self._channels
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._length
 
     def read(self, start: int, length: int) -> Float[np.ndarray, "T C"]:
         """Return samples [start, start + length) in [-1, 1], padded with silence past the end."""
-        piece = np.asarray(self._samples[start : start + length], np.float32) / 32767.0
+        samples = np.load(self._path, mmap_mode="r")
+        piece = np.asarray(samples[start : start + length], np.float32) / 32767.0
         return np.pad(piece, ((0, length - len(piece)), (0, 0)))
 
 

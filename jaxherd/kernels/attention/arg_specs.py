@@ -68,6 +68,10 @@ _OTHERS = (
     ArgSpec(
         "mobilellm_pro_packed", 2048, 20, 4, 64, "sliding_window", 512, packed=True, trained=True
     ),
+    # Clips of several lengths, without the zero slot: padding at the end of every row.
+    ArgSpec(
+        "velocity_padded", 752, 24, 24, 64, "bidirectional", packed=True, trained=True, batch=4
+    ),
     ArgSpec("head_72", 1024, 16, 16, 72, "bidirectional", trained=True),
     ArgSpec("head_80", 1024, 32, 8, 80, "prefix", packed=True, trained=True),
     ArgSpec("odd_float32", 1000, 8, 1, 64, "prefix", dtype="float32", trained=True),

@@ -7,7 +7,8 @@ import pytest
 
 from jaxherd.core import batch as batch_lib
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.audio.latents import LatentClips, LatentFolder
+from jaxherd.data.audio.latent_tracks import LatentFolder
+from jaxherd.data.audio.latents import LatentClips
 
 WIDTH, FRAMES = 3, 8
 
@@ -95,8 +96,9 @@ def test_text_states_are_padded_and_masked(folder):
     assert about["notes"] == ["1 of 4 captions have more than 4 tokens and are cut there."]
     about = build(folder, **changes).describe()
     assert about["captions_cut"] == 0 and "notes" not in about
+    # Told when the data is opened, not at the first row.
     with pytest.raises(JaxherdError, match="no text states of width 7"):
-        next(build(folder, text_dim=7))
+        build(folder, text_dim=7)
 
 
 def test_what_cannot_be_is_told(folder, tmp_path_factory):
