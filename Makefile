@@ -39,7 +39,7 @@ wheel: install-dev
 test-slow:
 	$(BIN)/pytest -q -m slow
 
-# Needs another environment with torch and transformers: see tests/golden/README.md.
+# Needs another environment with torch and transformers: each generator under tests/golden/ names what it needs.
 test-oracle:
 	$(BIN)/pytest -q -m oracle
 
