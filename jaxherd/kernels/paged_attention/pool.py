@@ -42,10 +42,14 @@ class PagePool:
     def empty(cls, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype) -> "PagePool":
         """Return a pool of zeros; dtype int8 gives one with scales."""
         shape = (pages, page_size, kv_heads * head_dim)
-        scale = None
-        if jnp.dtype(dtype) == jnp.int8:
-            scale = jnp.zeros((pages, kv_heads, page_size), jnp.float32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale, scale)
+
+        def scale():
+            if jnp.dtype(dtype) != jnp.int8:
+                return None
+            return jnp.zeros((pages, kv_heads, page_size), jnp.float32)
+
+        # An array each: a pool may be donated, and a buffer can be so only once.
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale(), scale())
 
     @property
     def page_size(self) -> int:
