@@ -329,8 +329,9 @@ class Decoder(Module):
         nothing = ((None,) * config.uses,) * len(segment.runs)
         # Rows of slots are cut into layers; pools are carried whole and a layer knows its number.
         paged = info.pages is not None and cache is not None
-        given = nothing if cache is None or paged else cache
-        pools = cache if paged else nothing
+        given = pools = nothing
+        if cache is not None:
+            given, pools = (nothing, cache) if paged else (cache, nothing)
         sizes = [segment.count * run.length for run in segment.runs]
 
         def layer(carry, scanned, layers):
