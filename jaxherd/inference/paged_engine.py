@@ -6,7 +6,8 @@ as it grows and gives back those that its layers lost sight of; prompts that beg
 full pages of the common beginning.
 
 Shapes are few: prompt pieces by powers of two of their length, one request or a group at a time;
-page tables by powers of two of their width.  Each is compiled once, at its first use.
+decoding by all slots or a quarter (of a quarter ...) of them; page tables by powers of two of their
+width.  Each is compiled once, at its first use.
 
 What a request gives depends on its tokens, sampling and seed alone, up to the rounding of sums that
 other shapes order differently.
@@ -126,7 +127,7 @@ class PagedEngine:
 
         Args:
           module, tokenizer, stop_ids, max_length, dtype, prepare: as of `Generator`.
-          slots: requests that decode at once; every call computes all slots.
+          slots: requests that decode at once.
           cache_tokens: tokens that the full layers' pages hold together; when None, 1,024 a slot
             and at least `max_length`.
           page_size: tokens of a page; 128 on TPU and else 32 when None.
@@ -134,7 +135,7 @@ class PagedEngine:
           reuse_prefixes: prompts share pages with prompts that began alike.
           prefill_chunk: tokens of prompts between two calls of decoding, and of the longest piece.
           prefill_rows: short pieces of so many requests go through together.
-          decode_steps: tokens between two looks from the host.
+          decode_steps: tokens between two looks from the host, or fewer while requests wait.
           key: of all sampling; a request adds its seed.
           paged_implementation, interpret: of `paged_attention`.
         Raises:
@@ -275,7 +276,7 @@ class PagedEngine:
     def _leave(self, job: _Job) -> None:
         assert job.pages is not None
         job.pages.close()
-        self._slots.clear(job.slot)
+        self._slots.decoding_B[job.slot] = False
         del self._running[job.slot]
 
     def _cover(self, job: _Job, begin: int, end: int) -> None:
@@ -294,7 +295,9 @@ class PagedEngine:
         width, first = self._piece(open_[0])
         most = max(1, min(self.prefill_rows, self.prefill_chunk // width, len(self._slots.token_B)))
         jobs = [job for job in open_ if self._piece(job) == (width, first)][:most]
-        rows = 1 if len(jobs) == 1 else most
+        # A group that would be half padding goes through one by one.
+        rows = most if 2 * len(jobs) > most else 1
+        jobs = jobs[:rows]
         tokens = np.zeros((rows, width), np.int32)
         positions = np.full((rows, width), -1, np.int32)
         # Rows of padding have no last token: no position is -2.
@@ -320,7 +323,7 @@ class PagedEngine:
             jnp.array(tokens),
             jnp.array(positions),
             jnp.array(lengths),
-            self._slots.page_tables(self._columns(max(job.begun for job in jobs)), slots),
+            self._slots.page_tables(slots, self._columns(max(job.begun for job in jobs))),
             cache_is_empty=first,
         )
         for job in jobs:
@@ -355,17 +358,29 @@ class PagedEngine:
             end = begin + min(self.decode_steps, int(self._slots.remaining_B[job.slot]))
             self._cover(job, begin, end)
             furthest = max(furthest, end)
+        rows = [job.slot for job in jobs]
+        rows += rows[:1] * (self._rows(len(jobs)) - len(jobs))
+        # While others wait, the call ends when some have, so that their slots are not idle.
+        spare = max(1, len(jobs) // 8) if self._waiting else len(jobs)
         self._cache, _, chosen_BK = steps.decode(
             self.module,
             self._cache,
-            self._slots.state(),
+            self._slots.state(rows, len(jobs)),
             self._stop_S,
-            self._slots.sampling(),
-            self._slots.page_tables(self._columns(furthest)),
+            self._slots.sampling(rows),
+            self._slots.page_tables(rows, self._columns(furthest)),
+            np.int32(len(jobs) - spare + 1),
             steps=self.decode_steps,
         )
         chosen = np.asarray(chosen_BK).tolist()
-        return [self._chosen(job, [t for t in chosen[job.slot] if t >= 0]) for job in jobs]
+        return [self._chosen(job, [t for t in row if t >= 0]) for job, row in zip(jobs, chosen)]
+
+    def _rows(self, count: int) -> int:
+        """Return how many rows a call of decoding has for so many requests: slots / 4^n."""
+        rows = len(self._slots.token_B)
+        while rows // 4 >= count:
+            rows //= 4
+        return rows
 
     def _columns(self, end: int) -> int:
         """Return the width of page tables for positions up to `end`."""

@@ -18,7 +18,7 @@ class Slots:
     """Where each slot stands, how it samples and which pages it has.
 
     The host is told every token, so that it knows each slot's position without asking; arrays of
-    a few numbers a slot go to the device with every call.
+    a few numbers a slot go to the device with every call, of those slots that take part.
 
     Attributes:
       token_B, position_B: the last token chosen, not in its page yet, and its position.
@@ -46,45 +46,36 @@ class Slots:
         self._sampling = [Sampling()] * slots
         self._keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(0), slots)))
         self._keys = self._keys.copy()
-        self._on_device: RowSampling | None = None
+        self._on_device: tuple[list[int], RowSampling] | None = None
 
     def set_sampling(self, slot: int, sampling: Sampling, key: np.ndarray) -> None:
         """Give a slot its way of choosing tokens; `key` is the data of its key."""
         self._sampling[slot], self._keys[slot] = sampling, key
         self._on_device = None
 
-    def clear(self, slot: int) -> None:
-        """Make a slot idle."""
-        self.decoding_B[slot] = False
-        # A batch without a random row skips the noise.
-        self._sampling[slot] = Sampling()
-        self._on_device = None
-
-    def state(self) -> DecodeState:
-        """Return where the slots stand, as `steps.decode` takes it."""
+    def state(self, rows: Sequence[int], count: int) -> DecodeState:
+        """Return where these slots stand, as `steps.decode` takes it; rows from `count` on idle."""
+        which = list(rows)
         return DecodeState(
-            jnp.array(self.token_B),
-            jnp.array(self.position_B),
-            jnp.array(~self.decoding_B),
-            jnp.array(self.remaining_B),
+            jnp.array(self.token_B[which]),
+            jnp.array(self.position_B[which]),
+            jnp.arange(len(which)) >= count,
+            jnp.array(self.remaining_B[which]),
         )
 
-    def sampling(self, rows: Sequence[int] | None = None) -> RowSampling:
-        """Return the settings of all slots, or of these (padded rows repeat a slot)."""
-        if rows is not None:
+    def sampling(self, rows: Sequence[int]) -> RowSampling:
+        """Return the settings of these slots."""
+        if self._on_device is None or self._on_device[0] != list(rows):
             keys = jax.random.wrap_key_data(jnp.array(self._keys[list(rows)]))
-            return RowSampling.create([self._sampling[row] for row in rows], keys)
-        if self._on_device is None:
-            keys = jax.random.wrap_key_data(jnp.array(self._keys))
-            self._on_device = RowSampling.create(self._sampling, keys)
-        return self._on_device
+            made = RowSampling.create([self._sampling[row] for row in rows], keys)
+            self._on_device = (list(rows), made)
+        return self._on_device[1]
 
-    def page_tables(self, width: int, rows: Sequence[int] | None = None) -> PageTables:
-        """Return the first `width` columns of the tables, of all slots or of these."""
-        which = slice(None) if rows is None else list(rows)
+    def page_tables(self, rows: Sequence[int], width: int) -> PageTables:
+        """Return the first `width` columns of these slots' tables."""
         implementation, interpret = self._options
         return PageTables(
-            tuple(jnp.array(self.tables[rule][which, :width]) for rule in self._rules),
+            tuple(jnp.array(self.tables[rule][list(rows), :width]) for rule in self._rules),
             self._rules,
             implementation,
             interpret,

@@ -99,15 +99,19 @@ def decode(
     stop_S: Int[Array, "S"],
     rows: RowSampling,
     page_tables: PageTables | None = None,
+    fewest: int | Int[Array, ""] = 1,
     *,
     steps: int,
 ) -> tuple[Any, DecodeState, Int[Array, "B K"]]:
-    """Choose up to `steps` further tokens a row without the host; -1 where a row had ended."""
+    """Choose up to `steps` further tokens a row without the host; -1 where a row had ended.
+
+    Returns sooner when fewer than `fewest` rows are left.
+    """
     traces["decode"] += 1
 
     def more(carry):
         step, _, state, _ = carry
-        return (step < steps) & ~state.done_B.all()
+        return (step < steps) & ((~state.done_B).sum() >= fewest)
 
     def body(carry):
         step, cache, state, chosen_BK = carry
