@@ -135,7 +135,8 @@ class PagedEngine:
           reuse_prefixes: prompts share pages with prompts that began alike.
           prefill_chunk: tokens of prompts between two calls of decoding, and of the longest piece.
           prefill_rows: short pieces of so many requests go through together.
-          decode_steps: tokens between two looks from the host, or fewer while requests wait.
+          decode_steps: tokens between two looks from the host; a quarter while prompts are on
+            their way, and fewer while requests wait for a slot.
           key: of all sampling; a request adds its seed.
           paged_implementation, interpret: of `paged_attention`.
         Raises:
@@ -260,9 +261,11 @@ class PagedEngine:
         free = [s for s in range(len(self._slots.token_B)) if s not in self._running]
         while self._waiting and free:
             job = self._waiting[0]
+            if self._is_coming(job):
+                return
             job.pages = self.books.admit(job.names, len(job.prompt), job.length)
             if job.pages is None:
-                # Those behind it wait as well, or a long request would wait for ever.
+                # Those behind it wait as well, or a long request might wait for ever.
                 return
             self._waiting.popleft()
             job.slot, job.begun = free.pop(0), job.pages.reused_tokens
@@ -272,6 +275,19 @@ class PagedEngine:
                 for index, page in held.items():
                     self._slots.tables[rule][job.slot, index] = page
             self._counts["reused_tokens"] += job.begun
+
+    def _is_coming(self, job: _Job) -> bool:
+        """Return whether a prompt that is going through has the next pages that this one needs."""
+        known = self.books.reusable(job.names, len(job.prompt))
+        if known >= min(len(job.names), (len(job.prompt) - 1) // self.page_size):
+            return False
+        # A name knows all tokens before it, so equal names stand in equal places.
+        return any(
+            other.begun // self.page_size <= known < len(other.names)
+            and other.begun < len(other.prompt)
+            and other.names[known] == job.names[known]
+            for other in self._running.values()
+        )
 
     def _leave(self, job: _Job) -> None:
         assert job.pages is not None
@@ -352,16 +368,19 @@ class PagedEngine:
     def _decode(self) -> list[Event]:
         """Choose up to `decode_steps` tokens for every slot that decodes."""
         jobs = [job for job in self._jobs() if self._slots.decoding_B[job.slot]]
+        # Prompts that are not through yet get their turn soon.
+        prompts = len(jobs) < len(self._running)
+        most = max(1, self.decode_steps // 4) if prompts else self.decode_steps
         furthest = 0
         for job in jobs:
             begin = int(self._slots.position_B[job.slot])
-            end = begin + min(self.decode_steps, int(self._slots.remaining_B[job.slot]))
+            end = begin + min(most, int(self._slots.remaining_B[job.slot]))
             self._cover(job, begin, end)
             furthest = max(furthest, end)
         rows = [job.slot for job in jobs]
         rows += rows[:1] * (self._rows(len(jobs)) - len(jobs))
         # While others wait, the call ends when some have, so that their slots are not idle.
-        spare = max(1, len(jobs) // 8) if self._waiting else len(jobs)
+        spare = max(1, len(jobs) // 16) if self._waiting else len(jobs)
         self._cache, _, chosen_BK = steps.decode(
             self.module,
             self._cache,
@@ -370,6 +389,7 @@ class PagedEngine:
             self._slots.sampling(rows),
             self._slots.page_tables(rows, self._columns(furthest)),
             np.int32(len(jobs) - spare + 1),
+            np.int32(most),
             steps=self.decode_steps,
         )
         chosen = np.asarray(chosen_BK).tolist()

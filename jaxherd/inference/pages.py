@@ -236,7 +236,7 @@ class PageBooks:
           prompt: its tokens.
           length: the most tokens of the whole sequence.
         """
-        reused = self._longest(names[: (prompt - 1) // self.page_size])
+        reused = self.reusable(names, prompt)
         most, shared = self.most(length), {}
         for rule, pages in self.pages.items():
             first = rule.first_page(reused * self.page_size, self.page_size)
@@ -255,10 +255,10 @@ class PageBooks:
         self.open.append(sequence)
         return sequence
 
-    def _longest(self, names: Sequence[Name]) -> int:
-        """Return how many pages of a prompt can be taken over: of each rule those in sight."""
+    def reusable(self, names: Sequence[Name], prompt: int) -> int:
+        """Return how many pages of a prompt could be taken over now: of each rule those in sight."""
         longest, runs = 0, dict.fromkeys(self.pages, 0)
-        for count, name in enumerate(names, 1):
+        for count, name in enumerate(names[: (prompt - 1) // self.page_size], 1):
             for rule, pages in self.pages.items():
                 runs[rule] = runs[rule] + 1 if pages.find(name) is not None else 0
             first = {r: r.first_page(count * self.page_size, self.page_size) for r in self.pages}

@@ -99,19 +99,20 @@ def decode(
     stop_S: Int[Array, "S"],
     rows: RowSampling,
     page_tables: PageTables | None = None,
-    fewest: int | Int[Array, ""] = 1,
+    fewest: Any = 1,
+    most: Any = 2**30,
     *,
     steps: int,
 ) -> tuple[Any, DecodeState, Int[Array, "B K"]]:
     """Choose up to `steps` further tokens a row without the host; -1 where a row had ended.
 
-    Returns sooner when fewer than `fewest` rows are left.
+    Returns sooner when fewer than `fewest` rows are left, or after `most` steps.
     """
     traces["decode"] += 1
 
     def more(carry):
         step, _, state, _ = carry
-        return (step < steps) & ((~state.done_B).sum() >= fewest)
+        return (step < jnp.minimum(steps, most)) & ((~state.done_B).sum() >= fewest)
 
     def body(carry):
         step, cache, state, chosen_BK = carry

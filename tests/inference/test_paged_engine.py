@@ -158,6 +158,16 @@ def test_a_second_round_reuses_what_the_first_left(module):
     assert engine.counters().prompt_tokens == computed + 1
 
 
+def test_equal_prompts_that_come_together_are_computed_once(module):
+    engine = engine_of(module, cache_tokens=512)
+    tokens = prompt(41, 8)
+    results = engine.run([Request(tokens, 6, Sampling(1.0), seed=i) for i in range(3)])
+    assert engine.counters().prompt_tokens == 41 + 1 + 1
+    assert len({tuple(result.tokens) for result in results}) == 3
+    alone = engine_of(module, reuse_prefixes=False).run([Request(tokens, 6, Sampling(1.0), seed=1)])
+    assert results[1] == alone[0]
+
+
 def test_seeds_do_not_see_the_batch(module):
     request = Request(prompt(6), 12, Sampling(1.5), seed=1)
     alone = engine_of(module).run([request])[0].tokens
