@@ -27,54 +27,21 @@ from jaxherd.core.errors import JaxherdError
 from jaxherd.core.platform import platform
 from jaxherd.inference import steps
 from jaxherd.inference.pages import Name, PageBooks, SequencePages, page_names
-from jaxherd.inference.requests import Request, Result, Row, bucket, row_keys, stop_tokens
+from jaxherd.inference.requests import (
+    Counters,
+    Event,
+    Request,
+    Result,
+    Row,
+    bucket,
+    row_keys,
+    stop_tokens,
+)
 from jaxherd.inference.serving_form import serving_form
 from jaxherd.inference.slots import Slots, totals
 from jaxherd.models.decoder import Decoder
 
 _SMALLEST_PIECE, _SMALLEST_WIDTH = 16, 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """What a step brought for one request.
-
-    Attributes:
-      id: of the request, from `PagedEngine.add`.
-      tokens: new ones.
-      text: new text that is certain.
-      result: once the request has ended.
-    """
-
-    id: int
-    tokens: list[int]
-    text: str
-    result: Result | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Counters:
-    """What the engine has done and holds.
-
-    Attributes:
-      waiting, running: requests now.
-      finished, cancelled: requests so far.
-      prompt_tokens: computed.
-      reused_tokens: of prompts, taken over from pages of others.
-      new_tokens: chosen.
-      pages, pages_held, pages_cached: of each kind of layer.
-    """
-
-    waiting: int
-    running: int
-    finished: int
-    cancelled: int
-    prompt_tokens: int
-    reused_tokens: int
-    new_tokens: int
-    pages: dict[str, int]
-    pages_held: dict[str, int]
-    pages_cached: dict[str, int]
 
 
 @dataclasses.dataclass
@@ -100,7 +67,10 @@ class _Job:
 
 
 class PagedEngine:
-    """A model that serves many requests at once; one thread calls it."""
+    """A model that serves many requests at once.
+
+    One thread calls it.  An error on the device (memory that runs out) leaves it unusable.
+    """
 
     def __init__(
         self,
@@ -145,6 +115,7 @@ class PagedEngine:
         sizes = dict(
             slots=slots, prefill_chunk=prefill_chunk, prefill_rows=prefill_rows,
             decode_steps=decode_steps, page_size=page_size, cache_tokens=cache_tokens,
+            max_length=max_length,
         )  # fmt: skip
         for name, value in sizes.items():
             if value is not None and value < 1:
@@ -227,7 +198,9 @@ class PagedEngine:
         return events
 
     def run(self, requests: Iterable[Request]) -> list[Result]:
-        """Return the result of every request, in their order."""
+        """Return the result of every request, in their order, when nothing else is being served."""
+        if not self.idle:
+            raise JaxherdError("the engine serves other requests: add() these and step().")
         numbers = [self.add(request) for request in requests]
         results: dict[int, Result] = {}
         while not self.idle:
@@ -249,10 +222,8 @@ class PagedEngine:
     def check(self) -> None:
         """Raise AssertionError if a page is lost, or held by a request that is gone."""
         self.books.check()
-        open_ = [job.pages for job in self._running.values()]
-        assert self.books.open == open_ or set(map(id, self.books.open)) == set(map(id, open_)), (
-            "pages are held by requests that do not run"
-        )
+        running = {id(job.pages) for job in self._running.values()}
+        assert {id(pages) for pages in self.books.open} == running, "pages of no running request"
 
     def _jobs(self) -> list[_Job]:
         return sorted(self._running.values(), key=lambda job: job.id)

@@ -71,6 +71,48 @@ class Result:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a step brought for one request.
+
+    Attributes:
+      id: of the request, from `PagedEngine.add`.
+      tokens: new ones.
+      text: new text that is certain.
+      result: once the request has ended.
+    """
+
+    id: int
+    tokens: list[int]
+    text: str
+    result: Result | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What the engine has done and holds.
+
+    Attributes:
+      waiting, running: requests now.
+      finished, cancelled: requests so far.
+      prompt_tokens: computed.
+      reused_tokens: of prompts, taken over from pages of others.
+      new_tokens: chosen.
+      pages, pages_held, pages_cached: of each kind of layer.
+    """
+
+    waiting: int
+    running: int
+    finished: int
+    cancelled: int
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    pages: dict[str, int]
+    pages_held: dict[str, int]
+    pages_cached: dict[str, int]
+
+
 class Row:
     """The host's side of one row: its tokens, its text, and whether it has ended."""
 

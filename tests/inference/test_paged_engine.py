@@ -48,8 +48,9 @@ def module(request):
 
 
 def engine_of(module, **options) -> PagedEngine:
+    """Of the same shapes where a test allows it, since compiling is what takes time."""
     given = dict(
-        slots=3, page_size=8, prefill_chunk=32, prefill_rows=2, decode_steps=3, cache_tokens=256,
+        slots=3, page_size=8, prefill_chunk=32, prefill_rows=2, decode_steps=3, cache_tokens=112,
         prepare=False,
     )  # fmt: skip
     return PagedEngine(module, **(given | options))
@@ -111,7 +112,7 @@ def test_mixed_load_equals_the_generator(module, wanted, reuse):
 
 def test_late_arrivals_and_cancels(module, wanted):
     """Requests that come one by one into a cache that holds two of them, and some that leave."""
-    engine = engine_of(module, cache_tokens=112)
+    engine = engine_of(module)
     requests, tokens, numbers = mixed(), {}, []
     gone = {2: "running", 5: "waiting"}
     for i, request in enumerate(requests):
@@ -155,11 +156,15 @@ def test_a_second_round_reuses_what_the_first_left(module):
     computed = engine.counters().prompt_tokens
     assert engine.run([request]) == first
     assert engine.counters().reused_tokens == 40
+    number = engine.add(request)
+    with pytest.raises(JaxherdError, match="serves other requests"):
+        engine.run([request])
+    assert engine.cancel(number) is not None and engine.idle
     assert engine.counters().prompt_tokens == computed + 1
 
 
 def test_equal_prompts_that_come_together_are_computed_once(module):
-    engine = engine_of(module, cache_tokens=512)
+    engine = engine_of(module)
     tokens = prompt(41, 8)
     results = engine.run([Request(tokens, 6, Sampling(1.0), seed=i) for i in range(3)])
     assert engine.counters().prompt_tokens == 41 + 1 + 1
@@ -181,7 +186,7 @@ def test_seeds_do_not_see_the_batch(module):
 def test_each_program_is_compiled_once_a_bucket():
     # A config of its own, so that nothing is compiled for it yet.
     module = dataclasses.replace(dense(), norm_eps=2e-5).build(jax.random.key(0))
-    engine = engine_of(module, slots=5, reuse_prefixes=False)
+    engine = engine_of(module, slots=5, cache_tokens=640, reuse_prefixes=False)
     before = dict(steps.traces)
 
     def counts():
@@ -281,8 +286,9 @@ def test_requests_that_can_never_be_served(module, request_, message):
 
 def test_engines_that_cannot_be():
     module = dense().build(jax.random.key(0))
-    with pytest.raises(JaxherdError, match="slots must be at least 1"):
-        engine_of(module, slots=0)
+    for name in ("slots", "page_size", "cache_tokens", "max_length", "decode_steps"):
+        with pytest.raises(JaxherdError, match=f"{name} must be at least 1"):
+            engine_of(module, **{name: 0})
     attention = AttentionConfig(2, 1, 8, kind="bidirectional")
     config = dataclasses.replace(
         dense(), layers=(LayerConfig(attention, FeedForwardConfig(16)),), repeats=1
