@@ -192,7 +192,7 @@ def test_each_program_is_compiled_once_a_bucket():
     def counts():
         return {name: steps.traces[name] - before[name] for name in before}
 
-    engine.run([Request(prompt(n, n), 7) for n in (3, 9, 16)])
+    engine.run([Request(prompt(n, n), 4 + n) for n in (3, 9, 16)])
     # Two short prompts together and one alone; decoding of five slots, and of the last one alone.
     assert counts() == {"prefill": 2, "start": 2, "decode": 2}
     engine.run([Request(prompt(n, n), 11) for n in (2, 7, 13, 5, 1, 1, 4)])

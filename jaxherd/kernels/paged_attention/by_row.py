@@ -5,7 +5,7 @@ heads apart, before it multiplies.  Here what is copied stays in the processor's
 used, heads stay where they are (`wide`), and a sequence costs the pages that it has.
 
 Axis letters: T new tokens, N query heads, K key/value heads, H head size, D = K H, R = T N rows, S
-keys of a block, Q pages of a sequence.
+keys of a block, w pages of a block of p tokens, Q pages of a sequence.
 """
 
 import jax
@@ -19,7 +19,7 @@ from jaxherd.kernels.paged_attention.wide import own_part, widen
 
 _MASKED = -1e30
 # Keys and values of a few hundred tokens fit in the second level of cache.
-_BLOCK_TOKENS = 256
+_BLOCK_TOKENS, _BLOCK_PAGES = 256, 8
 
 
 def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale: float):
@@ -28,7 +28,7 @@ def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale: 
     page, dtype = pool.page_size, q_BTNH.dtype
     kv_heads = pool.k_PpD.shape[2] // head_dim
     most = most_pages(page_table_BQ.shape[1], new, page, kind, size)
-    width = max(1, min(_BLOCK_TOKENS // page, most))
+    width = max(1, min(_BLOCK_TOKENS // page, _BLOCK_PAGES, most))
     first_B, count_B = page_range(lengths_B, new, page, kind, size)
     q_BRD = widen((q_BTNH * scale).astype(dtype), kv_heads)
 
@@ -38,11 +38,15 @@ def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale: 
 
         def block(number, carry):
             peak_R1, total_R1, out_RD = carry
-            k_1SKH, v_1SKH, positions_1S = pool.gather(
-                table_Q[None], (first + number * width)[None], length[None],
-                width=width, head_dim=head_dim, dtype=dtype,
-            )  # fmt: skip
-            k_SD, v_SD = (rearrange(x, "1 S K H -> S (K H)") for x in (k_1SKH, v_1SKH))
+            index_w = first + number * width + jnp.arange(width)
+            pages_w = table_Q[jnp.clip(index_w, 0, table_Q.shape[0] - 1)]
+            positions_S = rearrange(index_w[:, None] * page + jnp.arange(page), "w p -> (w p)")
+            stored_S = positions_S < length
+            k_SD = _rows(pool.k_PpD, pool.k_scale_PKp, pages_w, dtype)
+            v_SD = _rows(pool.v_PpD, pool.v_scale_PKp, pages_w, dtype)
+            # What was never written may be no number at all, which a weight of zero keeps.
+            v_SD = jnp.where(stored_S[:, None], v_SD, 0)
+            positions_1S = jnp.where(stored_S, positions_S, -1)[None]
             seen_TS = AttentionMask(queries_T[None], positions_1S, kind=kind, size=size).dense()[0]
             seen_RS = jnp.repeat(seen_TS, heads, axis=0)
             scores = jnp.einsum("RD,SD->RS", q_RD, k_SD, preferred_element_type=jnp.float32)
@@ -67,3 +71,16 @@ def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale: 
 
     out_BRD = jax.lax.map(one, (q_BRD, page_table_BQ, lengths_B, first_B, count_B))
     return own_part(out_BRD, new, kv_heads)
+
+
+def _rows(store_PpD, scale_PKp, pages_w, dtype):
+    """Return [S, D]: a few pages one after the other; on CPU slices are faster than a gather."""
+    found = []
+    for page in pages_w:
+        x_pD = jax.lax.dynamic_index_in_dim(store_PpD, page, 0, keepdims=False)
+        if scale_PKp is not None:
+            scale_Kp = jax.lax.dynamic_index_in_dim(scale_PKp, page, 0, keepdims=False)
+            heads = rearrange(x_pD.astype(jnp.float32), "p (K H) -> p K H", K=scale_Kp.shape[0])
+            x_pD = rearrange(heads * scale_Kp.T[..., None], "p K H -> p (K H)")
+        found.append(x_pD.astype(dtype))
+    return jnp.concatenate(found)
