@@ -5,14 +5,16 @@
 Requests are prompts and answers of mixed lengths, drawn once.  Both sides have the same weights and
 threads, decode greedily and have compiled everything before the clock starts (one warm-up round).
 The engine serves all requests; the generator takes every n-th of them, `--alone` in all, since its
-rate does not depend on how many wait.  Prints one JSON object: new tokens per second of each, the
-ratio, where the engine's time goes, and how many of the tokens that both chose agree.
+rate does not depend on how many wait.  They run by turns.  Prints one JSON object: new tokens per
+second of each (median, and all runs), the ratio, where the engine's time goes in the last run, and
+how many of the tokens that both chose agree.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import statistics
 import time
 
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=8)
     parser.add_argument("--decode-steps", type=int, default=16)
     parser.add_argument("--page-size", type=int, default=None)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])
@@ -94,10 +97,11 @@ def main() -> None:
     first = time.perf_counter() - begin
     # Longest first, so that every bucket is compiled.
     alone()
-    seconds, tokens, parts, calls = together()
-    seconds_alone, tokens_alone = alone()
-    rate = sum(map(len, tokens)) / seconds
-    rate_alone = sum(map(len, tokens_alone)) / seconds_alone
+    # By turns, so that what else the machine does falls on both.
+    rounds = [(together(), alone()) for _ in range(a.repeat)]
+    rates = [(sum(map(len, x[1])) / x[0], sum(map(len, y[1])) / y[0]) for x, y in rounds]
+    rate, rate_alone = (statistics.median(r[i] for r in rates) for i in (0, 1))
+    (seconds, tokens, parts, calls), (_, tokens_alone) = rounds[-1]
     pairs = [(x, y) for i, row in zip(chosen, tokens_alone) for x, y in zip(tokens[i], row)]
     report = {
         "dtype": a.dtype,
@@ -111,6 +115,7 @@ def main() -> None:
         "engine_tokens_per_second": round(rate, 2),
         "generator_tokens_per_second": round(rate_alone, 2),
         "ratio": round(rate / rate_alone, 2),
+        "runs": [[round(x, 2) for x in pair] for pair in rates],
         "first_round_seconds_with_compile": round(first, 1),
         "engine_seconds": round(seconds, 2),
         "seconds_by_part": {name: round(value, 2) for name, value in parts.items()},
