@@ -14,42 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.data.tokenizers import DecodeStream
 from jaxherd.inference import steps
+from jaxherd.inference.requests import Request, Result, Row, bucket, row_keys, stop_tokens
 from jaxherd.inference.sampling import RowSampling, Sampling
 from jaxherd.inference.serving_form import serving_form
-from jaxherd.inference.stop_strings import StopStrings
 from jaxherd.models.decoder import Decoder
 
-_SMALLEST_PIECE, _SMALLEST_CACHE, _STOP_SLOTS = 16, 128, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One row of a batch.
-
-    Attributes:
-      tokens: the prompt.
-      max_new_tokens: at most so many tokens are chosen.
-      sampling: how.
-      seed: of this row; equal seeds give equal tokens whatever else is in the batch.
-      stop_strings: the text ends before the first of them (needs a tokenizer).
-    """
-
-    tokens: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    stop_strings: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of a request; `reason` is "stop" (token or string) or "length"."""
-
-    tokens: list[int]
-    text: str | None
-    reason: str
+_SMALLEST_PIECE, _SMALLEST_CACHE = 16, 128
 
 
 class Generator:
@@ -85,11 +56,7 @@ class Generator:
         for name, value in (("prefill_chunk", prefill_chunk), ("decode_steps", decode_steps)):
             if value < 1:
                 raise JaxherdError(f"{name} must be at least 1, got {value}.")
-        if stop_ids is None:
-            stop_ids = tokenizer.stop_ids if tokenizer is not None else ()
-        self.stop_ids = tuple(dict.fromkeys(int(i) for i in stop_ids or ()))
-        if len(self.stop_ids) > _STOP_SLOTS:
-            raise JaxherdError(f"at most {_STOP_SLOTS} stop tokens, got {len(self.stop_ids)}.")
+        self.stop_ids, self._stop_S = stop_tokens(stop_ids, tokenizer)
         if prepare:
             module = serving_form(module, dtype=dtype)
         self.module, self.tokenizer = module, tokenizer
@@ -114,43 +81,25 @@ class Generator:
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise JaxherdError if a request cannot be served; nothing is compiled."""
-        vocabulary = self.module.config.vocab_size
         if not requests:
             raise JaxherdError("there is no prompt.")
         for request in requests:
-            if not request.tokens:
-                raise JaxherdError("a prompt is empty: give at least one token.")
-            if min(request.tokens) < 0 or max(request.tokens) >= vocabulary:
-                raise JaxherdError(f"a prompt has tokens outside the vocabulary of {vocabulary}.")
-            if request.max_new_tokens < 1:
-                raise JaxherdError(
-                    f"max_new_tokens must be at least 1, got {request.max_new_tokens}."
-                )
-            needed = len(request.tokens) + request.max_new_tokens
-            if needed > self.max_length:
-                raise JaxherdError(
-                    f"a prompt of {len(request.tokens)} tokens and {request.max_new_tokens} new "
-                    f"ones are more than the model's {self.max_length}: shorten either."
-                )
-            if request.stop_strings and self.tokenizer is None:
-                raise JaxherdError("stop strings need a tokenizer.")
+            request.check(self.module.config.vocab_size, self.max_length, self.tokenizer)
 
     def _events(
         self, requests: Sequence[Request], key: jax.Array | None
     ) -> Iterator[tuple[int, list[int], str, Result | None]]:
         """Yield (row, new tokens, new text, result once the row has ended)."""
         self.check(requests)
-        rows = [_Row(request, self.tokenizer, self.stop_ids) for request in requests]
+        rows = [Row(request, self.tokenizer, self.stop_ids) for request in requests]
         keys = row_keys(key, [request.seed for request in requests])
         sampling = RowSampling.create([request.sampling for request in requests], keys)
-        stop = [*self.stop_ids, *[-2] * (_STOP_SLOTS - len(self.stop_ids))]
-        stop_S = jnp.asarray(stop, jnp.int32)
         lengths_B = jnp.asarray([len(r.tokens) for r in requests], jnp.int32)
         budget_B = jnp.asarray([r.max_new_tokens for r in requests], jnp.int32)
         cache, last_BD = self._prefill(
             [r.tokens for r in requests], lengths_B, self._capacity(requests)
         )
-        state = steps.start(self.module, last_BD, lengths_B, budget_B, stop_S, sampling)
+        state = steps.start(self.module, last_BD, lengths_B, budget_B, self._stop_S, sampling)
         chosen_BK = state.token_B[:, None]
         while True:
             # The state is donated to the next call, so what the host needs is fetched first.
@@ -165,12 +114,12 @@ class Generator:
             ended_B = jnp.asarray([row.result is not None for row in rows])
             state = dataclasses.replace(state, done_B=state.done_B | ended_B)
             cache, state, chosen_BK = steps.decode(
-                self.module, cache, state, stop_S, sampling, steps=self.decode_steps
+                self.module, cache, state, self._stop_S, sampling, steps=self.decode_steps
             )
 
     def _capacity(self, requests: Sequence[Request]) -> int:
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
-        return min(_bucket(longest, _SMALLEST_CACHE), self.max_length)
+        return min(bucket(longest, _SMALLEST_CACHE), self.max_length)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], lengths_B: jax.Array, capacity: int):
         batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
@@ -179,7 +128,7 @@ class Generator:
         last_BD = jnp.zeros((batch, self.module.config.embed_dim), table.dtype)
         for begin in range(0, longest, self.prefill_chunk):
             here = min(self.prefill_chunk, longest - begin)
-            width = min(_bucket(here, _SMALLEST_PIECE), self.prefill_chunk)
+            width = min(bucket(here, _SMALLEST_PIECE), self.prefill_chunk)
             tokens = np.zeros((batch, width), np.int32)
             positions = np.full((batch, width), -1, np.int32)
             for row, prompt in enumerate(prompts):
@@ -190,55 +139,6 @@ class Generator:
                 self.module, cache, last_BD, tokens, positions, lengths_B, cache_is_empty=begin == 0
             )
         return cache, last_BD
-
-
-class _Row:
-    """The host's side of one row: its tokens, its text, and whether it has ended."""
-
-    def __init__(self, request: Request, tokenizer: Any, stop_ids: tuple[int, ...]):
-        self.request, self.stop_ids = request, stop_ids
-        self.tokens: list[int] = []
-        self.text = ""
-        self.result: Result | None = None
-        self._stream = None if tokenizer is None else DecodeStream(tokenizer)
-        self._stops = StopStrings(request.stop_strings)
-
-    def push(self, tokens: list[int], ended: bool) -> tuple[list[int], str]:
-        """Add tokens; return those that count and the text that became certain."""
-        new, shown = [], ""
-        for token in tokens:
-            self.tokens.append(token)
-            new.append(token)
-            if token in self.stop_ids:
-                break
-            if self._stream is not None:
-                shown += self._stops.push(self._stream.push(token))
-            if self._stops.found is not None:
-                break
-        stopped = self._stops.found is not None or self.tokens[-1] in self.stop_ids
-        if ended or stopped:
-            if self._stream is not None:
-                shown += self._stops.push(self._stream.finish()) + self._stops.finish()
-            self.text += shown
-            text = None if self._stream is None else self.text
-            self.result = Result(self.tokens, text, "stop" if stopped else "length")
-        else:
-            self.text += shown
-        return new, shown
-
-
-def _bucket(length: int, smallest: int) -> int:
-    """Return the power of two, at least `smallest`, that holds `length`."""
-    return max(smallest, 1 << (length - 1).bit_length())
-
-
-def row_keys(key: jax.Array | None, seeds: Sequence[int]) -> jax.Array:
-    """Return one key a row, which depends on `key` and the row's seed alone."""
-    base = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
-        base = jax.random.wrap_key_data(base)
-    seeds_B = jnp.asarray([seed & 0xFFFFFFFF for seed in seeds], jnp.uint32)
-    return jax.vmap(lambda seed: jax.random.fold_in(base, seed))(seeds_B)
 
 
 def generate(

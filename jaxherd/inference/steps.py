@@ -1,7 +1,8 @@
 """The compiled programs of generation: prefill a piece, start, and decode several steps.
 
 All are pure functions of (module, state) with fixed shapes: one compilation for each bucket of
-prompt pieces, one for decoding.  The cache is donated, so it is updated in place.
+prompt pieces, one for decoding.  The cache is donated, so it is updated in place; it holds rows of
+slots (`Decoder.init_cache`) or pages (`Decoder.init_pages`, with page tables).
 
 Axis letters: B rows, T tokens of a piece, D width, S stop tokens, K steps of one call.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxherd.inference.sampling import RowSampling, sample
+from jaxherd.layers.paged_cache import PageTables
 
 # How often each program was traced (that is, compiled), by name; for tests and reports.
 traces: dict[str, int] = {"prefill": 0, "start": 0, "decode": 0}
@@ -46,6 +48,7 @@ def prefill(
     tokens_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     lengths_B: Int[Array, "B"],
+    page_tables: PageTables | None = None,
     *,
     cache_is_empty: bool,
 ) -> tuple[Any, Float[Array, "B D"]]:
@@ -55,10 +58,15 @@ def prefill(
       last_BD: hidden states so far; a row's entry changes when its last token is in this piece.
       tokens_BT, positions_BT: the piece; position -1 is padding.
       lengths_B: of the whole prompts.
+      page_tables: where the rows' pages are, if the cache is of pages.
     """
     traces["prefill"] += 1
     output = module.forward(
-        tokens_BT, positions=positions_BT, cache=cache, cache_is_empty=cache_is_empty
+        tokens_BT,
+        positions=positions_BT,
+        cache=cache,
+        cache_is_empty=cache_is_empty,
+        page_tables=page_tables,
     )
     is_last_BT = positions_BT == lengths_B[:, None] - 1
     here_BD = jnp.einsum(
@@ -90,21 +98,29 @@ def decode(
     state: DecodeState,
     stop_S: Int[Array, "S"],
     rows: RowSampling,
+    page_tables: PageTables | None = None,
+    fewest: Any = 1,
+    most: Any = 2**30,
     *,
     steps: int,
 ) -> tuple[Any, DecodeState, Int[Array, "B K"]]:
-    """Choose up to `steps` further tokens a row without the host; -1 where a row had ended."""
+    """Choose up to `steps` further tokens a row without the host; -1 where a row had ended.
+
+    Returns sooner when fewer than `fewest` rows are left, or after `most` steps.
+    """
     traces["decode"] += 1
 
     def more(carry):
         step, _, state, _ = carry
-        return (step < steps) & ~state.done_B.all()
+        return (step < jnp.minimum(steps, most)) & ((~state.done_B).sum() >= fewest)
 
     def body(carry):
         step, cache, state, chosen_BK = carry
         # A row that has ended is padding: it writes nothing and sees nothing.
         positions_B1 = jnp.where(state.done_B, -1, state.position_B)[:, None]
-        output = module.forward(state.token_B[:, None], positions=positions_B1, cache=cache)
+        output = module.forward(
+            state.token_B[:, None], positions=positions_B1, cache=cache, page_tables=page_tables
+        )
         logits_BV = module.unembed(output.hidden_BTD[:, 0])
         token_B = sample(logits_BV, rows, state.position_B + 1)
         token_B = jnp.where(state.done_B, -1, token_B)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Module, parameter
 from jaxherd.core.sharding import shard
 from jaxherd.kernels.attention import AttentionMask, attention
@@ -18,6 +19,7 @@ from jaxherd.kernels.attention.mask import allowed_pairs
 from jaxherd.layers import rope as rope_lib
 from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.layers.linear import Linear, unit_rms
+from jaxherd.layers.paged_cache import CacheRule, PagedCache, PageTables
 from jaxherd.layers.rope import RopeConfig
 
 
@@ -88,6 +90,17 @@ class AttentionConfig:
         """Return the slots that this layer needs for sequences up to `max_length`."""
         return min(max_length, self.size) if self.is_local and self.size else max_length
 
+    @property
+    def cache_rule(self) -> CacheRule:
+        """What this layer keeps in sight while a sequence grows.
+
+        Raises:
+          JaxherdError: a bidirectional layer, whose earlier tokens would change.
+        """
+        if self.kind == "bidirectional":
+            raise JaxherdError("a bidirectional layer has no cache: use a causal model.")
+        return CacheRule(self.kind, self.size if self.is_local else None)
+
     def num_params(self, embed_dim: int) -> int:
         """Return the number of parameters for model width `embed_dim`."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -120,6 +133,7 @@ class SequenceInfo:
       tables: (cos, sin) for each entry of `table_keys`.
       table_keys: (rope config, modulus of positions or None, head size).
       contiguous: rows are positions 0..T-1 of one document.
+      pages: where the rows' pages are, for layers with a `PagedCache`.
     """
 
     positions_BT: jax.Array
@@ -127,6 +141,7 @@ class SequenceInfo:
     tables: tuple[tuple[jax.Array, jax.Array], ...]
     table_keys: tuple[TableKey, ...] = dataclasses.field(metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+    pages: PageTables | None = None
 
     @classmethod
     def create(
@@ -136,6 +151,7 @@ class SequenceInfo:
         attentions: tuple[AttentionConfig, ...],
         *,
         contiguous: bool = False,
+        pages: PageTables | None = None,
     ) -> "SequenceInfo":
         """Return the record for a forward pass through layers of these attention configs."""
         keys = tuple(dict.fromkeys(_table_key(a) for a in attentions if a.rope is not None))
@@ -143,7 +159,7 @@ class SequenceInfo:
         for rope, modulus, head_dim in keys:
             p_BT = positions_BT if modulus is None else positions_BT % modulus
             tables.append(rope_lib.angles(rope, head_dim, p_BT))
-        return cls(positions_BT, segments_BT, tuple(tables), keys, contiguous)
+        return cls(positions_BT, segments_BT, tuple(tables), keys, contiguous, pages)
 
     def table(self, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
         """Return (cos, sin) for one layer."""
@@ -154,6 +170,12 @@ def _table_key(config: AttentionConfig) -> TableKey:
     assert config.rope is not None
     relative = config.rope_positions == "chunk_relative" and config.kind == "chunked"
     return (config.rope, config.size if relative else None, config.head_dim)
+
+
+def _tables(info: SequenceInfo) -> PageTables:
+    if info.pages is None:
+        raise ValueError("a paged cache needs page tables: SequenceInfo.create(..., pages=...)")
+    return info.pages
 
 
 class Attention(Module):
@@ -197,17 +219,18 @@ class Attention(Module):
         self,
         x_BTD: Float[Array, "B T D"],
         info: SequenceInfo,
-        cache: LayerCache | None = None,
+        cache: LayerCache | PagedCache | None = None,
         *,
         cache_is_empty: bool = False,
         implementation: str | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | PagedCache | None]:
         """Return the attention output and the cache with the new tokens in it.
 
         Args:
           x_BTD: normalised input.
           info: positions, segments and rotary tables of these tokens.
-          cache: earlier keys and values; None attends among the given tokens alone.
+          cache: earlier keys and values; None attends among the given tokens alone.  A
+            `PagedCache` needs the page tables in `info`.
           cache_is_empty: promises that nothing was written yet, so that the new tokens attend
             among themselves (the first prefill).
           implementation: see `jaxherd.kernels.attention`.
@@ -225,16 +248,20 @@ class Attention(Module):
         if c.qk_norm == "unit_after_rope":
             q_BTNH, k_BTKH = unit_rms(q_BTNH, c.norm_eps), unit_rms(k_BTKH, c.norm_eps)
         growth_BT = None if c.temperature is None else c.temperature(info.positions_BT)
-        k_BSKH, v_BSKH, mask, cache = self._keys(k_BTKH, v_BTKH, info, cache, cache_is_empty)
-        out_BTNH = attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            mask=mask,
-            scale=c.scale,
-            temperature_BT=growth_BT,
-            implementation=implementation,
-        )
+        if isinstance(cache, PagedCache) and x_BTD.shape[1] == 1:
+            tables = _tables(info)
+            table_BQ = tables.of(c.cache_rule)
+            cache = cache.write(k_BTKH, v_BTKH, info.positions_BT, table_BQ)
+            out_BTNH = cache.attend(
+                q_BTNH, info.positions_BT, tables, c.cache_rule, scale=c.scale,
+                temperature_B1=growth_BT,
+            )  # fmt: skip
+        else:
+            k_BSKH, v_BSKH, mask, cache = self._keys(k_BTKH, v_BTKH, info, cache, cache_is_empty)
+            out_BTNH = attention(
+                q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=c.scale, temperature_BT=growth_BT,
+                implementation=implementation,
+            )  # fmt: skip
         out_BTNH = shard(out_BTNH, "batch", "length", "act_heads", "head_dim")
         return self.o_proj(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
 
@@ -257,6 +284,13 @@ class Attention(Module):
         )
         if cache is None:
             return k_BTKH, v_BTKH, alone, None
+        if isinstance(cache, PagedCache):
+            table_BQ = _tables(info).of(c.cache_rule)
+            written = cache.write(k_BTKH, v_BTKH, positions, table_BQ)
+            if cache_is_empty:
+                return k_BTKH, v_BTKH, alone, written
+            rows = written.rows(positions, table_BQ, c.cache_rule, c.head_dim, k_BTKH.dtype)
+            return *rows, written
         written = cache.write(k_BTKH, v_BTKH, positions)
         if cache_is_empty:
             return k_BTKH, v_BTKH, alone, written

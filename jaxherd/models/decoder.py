@@ -13,7 +13,8 @@ Axis letters: B batch, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -31,11 +32,13 @@ from jaxherd.core.modules import (
     unflatten,
 )
 from jaxherd.core.remat import checkpointed
+from jaxherd.kernels.paged_attention import PagePool
 from jaxherd.layers.attention import Attention, AttentionConfig, SequenceInfo
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.layers.linear import Embedding, Linear, RMSNorm, residual
 from jaxherd.layers.moe import Moe, MoeConfig, RouterStats
+from jaxherd.layers.paged_cache import CacheRule, PagedCache, PageTables
 from jaxherd.models.periods import Run, Segment, find_segments, locate, stacked_layers
 
 
@@ -165,12 +168,14 @@ class DecoderOutput:
     """
 
     hidden_BTD: jax.Array
-    cache: "DecoderCache | None"
+    cache: "DecoderCache | DecoderPages | None"
     router: tuple[RouterStats, ...]
 
 
 # cache[pass][segment][run][use]: a `LayerCache` stacked over the run's layers.
 DecoderCache = tuple[tuple[tuple[tuple[LayerCache, ...], ...], ...], ...]
+# The same with a pool that holds the pages of all layers of the run.
+DecoderPages = tuple[tuple[tuple[tuple[PagePool, ...], ...], ...], ...]
 
 
 class Block(Module):
@@ -196,10 +201,10 @@ class Block(Module):
         self,
         x_BTD: Float[Array, "B T D"],
         info: SequenceInfo,
-        cache: LayerCache | None,
+        cache: LayerCache | PagedCache | None,
         model: DecoderConfig,
         cache_is_empty: bool,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterStats | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | PagedCache | None, RouterStats | None]:
         """Return the residual stream, the cache and the router's statistics."""
         attended_BTD, cache = self.attention(
             self.attention_norm(x_BTD),
@@ -275,8 +280,9 @@ class Decoder(Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: DecoderCache | None = None,
+        cache: DecoderCache | DecoderPages | None = None,
         cache_is_empty: bool = False,
+        page_tables: PageTables | None = None,
         remat: str = "none",
     ) -> DecoderOutput:
         """Return hidden states, the updated cache and router statistics.
@@ -284,7 +290,9 @@ class Decoder(Module):
         Args:
           tokens_BT, positions, segment_ids: as for `__call__`; with a cache, positions are needed.
           cache: from `init_cache`; the tokens attend to what it holds and to each other.
-          cache_is_empty: nothing was written to the cache yet.
+          cache_is_empty: nothing was written to the cache yet (of the given sequences, where
+            pages are shared).
+          page_tables: the cache is from `init_pages`, and these are the sequences' pages.
           remat: a policy of `jaxherd.core.remat`.
         """
         config = self.config
@@ -293,7 +301,9 @@ class Decoder(Module):
             row = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(row, tokens_BT.shape)
         attentions = tuple(layer.attention for layer in config.layers)
-        info = SequenceInfo.create(positions, segment_ids, attentions, contiguous=contiguous)
+        info = SequenceInfo.create(
+            positions, segment_ids, attentions, contiguous=contiguous, pages=page_tables
+        )
         x_BTD = residual(self.embedding(tokens_BT))
         new_cache, stats = [], []
         for number in range(config.passes):
@@ -316,38 +326,50 @@ class Decoder(Module):
         once; `remat` applies to single layers.
         """
         config, segment = self.config, self.config.segments()[index]
-        empty = ((None,) * config.uses,) * len(segment.runs)
+        nothing = ((None,) * config.uses,) * len(segment.runs)
+        # Rows of slots are cut into layers; pools are carried whole and a layer knows its number.
+        paged = info.pages is not None and cache is not None
+        given = pools = nothing
+        if cache is not None:
+            given, pools = (nothing, cache) if paged else (cache, nothing)
+        sizes = [segment.count * run.length for run in segment.runs]
 
-        def layer(x, scanned):
-            block, caches = scanned
-            written, stats = [], []
-            for given in caches:
-                x, new, seen = block(x, info, given, config, cache_is_empty)
-                written.append(new)
+        def layer(carry, scanned, layers):
+            (x, pools), (block, caches, number) = carry, scanned
+            written, stats, after = [], [], []
+            for cached, pool in zip(caches, pools):
+                entry = cached if pool is None else PagedCache(pool, number, layers)
+                x, new, seen = block(x, info, entry, config, cache_is_empty)
+                written.append(new if pool is None else None)
+                after.append(None if pool is None else new.pool)
                 stats.append(seen)
-            return x, (tuple(written), tuple(s for s in stats if s is not None))
+            return (x, tuple(after)), (tuple(written), tuple(s for s in stats if s is not None))
 
-        def repetition(x, scanned):
-            outputs = {}
+        def repetition(carry, scanned):
+            (x, pools), outputs = carry, {}
+            after = list(pools)
             for number in _ordered(range(len(segment.runs)), backwards):
-                x, outputs[number] = _scan(
-                    checkpointed(layer, remat),
-                    x,
-                    (scanned[0][number], scanned[1][number]),
+                (x, after[number]), outputs[number] = _scan(
+                    checkpointed(functools.partial(layer, layers=sizes[number]), remat),
+                    (x, pools[number]),
+                    tuple(part[number] for part in scanned),
                     segment.runs[number].length,
                     backwards,
                 )
-            return x, tuple(outputs[number] for number in range(len(segment.runs)))
+            return (x, tuple(after)), tuple(outputs[n] for n in range(len(segment.runs)))
 
         # A stack of count * length layers is seen as [count, length, ...].
-        given = cache if cache is not None else empty
-        folded = (
-            tuple(_fold(b, segment, n) for n, b in enumerate(self.segments[index])),
-            tuple(_fold(c, segment, n) for n, c in enumerate(given)),
+        numbers = [jnp.arange(size, dtype=jnp.int32) if paged else None for size in sizes]
+        folded = tuple(
+            tuple(_fold(part, segment, run) for run, part in enumerate(parts))
+            for parts in (self.segments[index], given, numbers)
         )
-        x_BTD, outputs = _scan(repetition, x_BTD, folded, segment.count, backwards)
+        (x_BTD, pools), outputs = _scan(
+            repetition, (x_BTD, tuple(pools)), folded, segment.count, backwards
+        )
         flat = [_unfold(output) for output in outputs]
-        return x_BTD, tuple(o[0] for o in flat), tuple(s for o in flat for s in o[1])
+        new_cache = pools if paged else tuple(o[0] for o in flat)
+        return x_BTD, new_cache, tuple(s for o in flat for s in o[1])
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return float32 logits of hidden states."""
@@ -372,21 +394,53 @@ class Decoder(Module):
         """
         dtype = self.embedding.table[...].dtype if dtype is None else dtype
 
-        def of_run(run: Run, count: int):
+        def of_run(run: Run, layers: int) -> LayerCache:
             a = run.layer.attention
-            stack, capacity = (count * run.length,), a.cache_capacity(max_length)
-            return tuple(
-                LayerCache.empty(stack, batch, capacity, a.num_kv_heads, a.head_dim, dtype)
-                for _ in range(self.config.uses)
+            capacity = a.cache_capacity(max_length)
+            return LayerCache.empty((layers,), batch, capacity, a.num_kv_heads, a.head_dim, dtype)
+
+        return self._cache(of_run)
+
+    def cache_rules(self) -> tuple[CacheRule, ...]:
+        """Return what the layers keep in sight, each rule once, in the layers' order.
+
+        Raises:
+          JaxherdError: a layer that has no cache.
+        """
+        return tuple(dict.fromkeys(layer.attention.cache_rule for layer in self.config.layers))
+
+    def init_pages(
+        self, pages: Mapping[CacheRule, int], page_size: int, dtype=None
+    ) -> DecoderPages:
+        """Return empty pools of pages.
+
+        Args:
+          pages: how many, for each of `cache_rules`; each layer has so many.
+          page_size: tokens of a page.
+          dtype: of keys and values; int8 keeps codes and scales.
+        """
+        dtype = self.embedding.table[...].dtype if dtype is None else dtype
+
+        def of_run(run: Run, layers: int) -> PagePool:
+            a = run.layer.attention
+            return PagedCache.empty(
+                layers, pages[a.cache_rule], page_size, a.num_kv_heads, a.head_dim, dtype
             )
 
-        def of_pass():
-            return tuple(
-                tuple(of_run(run, segment.count) for run in segment.runs)
+        return self._cache(of_run)
+
+    def _cache(self, of_run: Callable[[Run, int], Any]) -> Any:
+        """Return `of_run(run, layers of its stack)` for every pass, segment, run and use."""
+        return tuple(
+            tuple(
+                tuple(
+                    tuple(of_run(run, segment.count * run.length) for _ in range(self.config.uses))
+                    for run in segment.runs
+                )
                 for segment in self.config.segments()
             )
-
-        return tuple(of_pass() for _ in range(self.config.passes))
+            for _ in range(self.config.passes)
+        )
 
 
 def _score_tied(head: Embedding, hidden: jax.Array) -> jax.Array:

@@ -87,6 +87,16 @@ def test_kernel_is_the_reference(name):
     )
 
 
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_by_row_is_the_reference(name):
+    spec = ARG_SPECS[name].shrunk()
+    lengths = lengths_of(spec)
+    q, pool, table, _, _ = filled(spec, lengths)
+    table = forgotten(spec, table, lengths)
+    given_ = (q, pool, table, jnp.asarray(lengths))
+    Parity(call(spec), (), TOLERANCE).check("by_row", given_, gradients=False)
+
+
 @given(
     kind=st.sampled_from(["causal", "chunked", "sliding_window"]), size=st.integers(1, 100),
     page_size=st.sampled_from([8, 16]), pages=st.integers(1, 9), new=st.integers(1, 3),
@@ -103,6 +113,7 @@ def test_any_shape(kind, size, page_size, pages, new, groups, seed, batch):
     table = forgotten(spec, table, lengths)
     given_ = (q, pool, table, jnp.asarray(lengths))
     Parity(call(spec), (), TOLERANCE).check("pallas_tpu", given_, interpret=True, gradients=False)
+    Parity(call(spec), (), TOLERANCE).check("by_row", given_, gradients=False)
 
 
 @pytest.mark.parametrize("kind, size", [("causal", None), ("chunked", 24), ("sliding_window", 20)])
@@ -121,7 +132,7 @@ def test_reference_is_attention_over_plain_rows(kind, size, new):
     wanted = attention(
         q, k, v, mask=mask, scale=0.2, temperature_BT=growth, implementation="reference"
     )
-    found = call(spec)(
+    found = call(spec, implementation="reference")(
         q, pool, forgotten(spec, table, lengths), jnp.asarray(lengths), scale=0.2,
         temperature_BT=growth,
     )  # fmt: skip

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 from jaxherd.core import sharding
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.platform import platform
-from jaxherd.kernels.paged_attention import reference
+from jaxherd.kernels.paged_attention import by_row, reference
 from jaxherd.kernels.paged_attention.pool import PagePool
 
-IMPLEMENTATIONS = ("reference", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "by_row", "pallas_tpu")
 
 
 def paged_attention(
@@ -42,8 +42,8 @@ def paged_attention(
       lengths_B: tokens of each sequence with the new ones; 0 for an idle row.
       kind, size: the rule, as of `AttentionMask`.
       scale, temperature_BT: as of `attention`.
-      implementation: "reference" (gather, then attend), "pallas_tpu", or None, which takes
-        pallas_tpu on TPU where it applies.
+      implementation: "reference" (gather, then attend), "by_row" (one sequence after the other),
+        "pallas_tpu", or None, which takes pallas_tpu on TPU where it applies and by_row on CPU.
       interpret: run the Pallas kernel in interpret mode, for tests on CPU.
     Returns:
       [B, T, N, H]; a token at a negative position (length below T) gives zeros.
@@ -67,7 +67,8 @@ def paged_attention(
 
     reason = pallas_tpu.unsupported(q_BTNH, pool)
     if implementation is None:
-        implementation = "pallas_tpu" if platform() == "tpu" and reason is None else "reference"
+        best = {"tpu": "pallas_tpu" if reason is None else "reference", "cpu": "by_row"}
+        implementation = best.get(platform(), "reference")
     if implementation == "pallas_tpu" and reason is not None:
         raise JaxherdError(
             f"paged_attention: pallas_tpu cannot run because {reason}; use 'reference'."
@@ -75,8 +76,9 @@ def paged_attention(
     if temperature_BT is not None:
         q_BTNH = (q_BTNH * temperature_BT[:, :, None, None]).astype(q_BTNH.dtype)
     factor = float(head_dim**-0.5 if scale is None else scale)
-    if implementation == "reference":
-        return reference.attend(q_BTNH, pool, page_table_BQ, lengths_B, kind, size, factor)
+    if implementation != "pallas_tpu":
+        attend = {"reference": reference, "by_row": by_row}[implementation].attend
+        return attend(q_BTNH, pool, page_table_BQ, lengths_B, kind, size, factor)
 
     def local(q, pool, table, lengths):
         return pallas_tpu.attend(q, pool, table, lengths, kind, size, factor, interpret=interpret)

@@ -5,10 +5,8 @@ list, so that short sequences in a batch with a long one cost what they need.  P
 the grid's own pipeline by scalar-prefetched page numbers: only pages that a rule lets a query see
 are read, each once.
 
-All key/value heads of a page are multiplied at once.  A query head's row is as wide as all heads,
-[K H], with zeros outside of its own head's part, so that q k^T over the wide axis is its own score
-and the part of p v under its own head is its output.  The matrix unit's time is that of loading the
-pages, which happens once for all heads; the zeros ride along.
+All key/value heads of a page are multiplied at once (`wide`).  The matrix unit's time is that of
+loading the pages, which happens once for all heads; the zeros ride along.
 
 Axis letters: B sequences, T new tokens, N query heads, K key/value heads, G = N / K, H head size,
 D = K H, R = T N rows, S steps, n pages of a step, p tokens of a page, s = n p tokens of a step.
@@ -18,12 +16,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxherd.kernels.paged_attention.pool import PagePool
 from jaxherd.kernels.paged_attention.schedule import most_pages, schedule
+from jaxherd.kernels.paged_attention.wide import own_part, widen
 
 _LANES = 128
 _MASKED = -1e30
@@ -65,12 +63,7 @@ def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale, 
     plan = schedule(page_table_BQ, lengths_B, new, page, kind, size, n)
     rows = new * heads
 
-    # [B, R, D]: each row holds its query under its own key/value head, zeros under the others.
-    own = jnp.eye(kv_heads, dtype=q_BTNH.dtype)
-    q = rearrange(q_BTNH * scale, "B T (K G) H -> B T K G 1 H", K=kv_heads)
-    q_BRD = rearrange(
-        q.astype(q_BTNH.dtype) * own[:, None, :, None], "B T K G k H -> B (T K G) (k H)"
-    )
+    q_BRD = widen((q_BTNH * scale).astype(q_BTNH.dtype), kv_heads)
     has_scales = pool.k_scale_PKp is not None
 
     def row(s, row_S, *_):
@@ -108,8 +101,7 @@ def attend(q_BTNH, pool: PagePool, page_table_BQ, lengths_B, kind, size, scale, 
         interpret=interpret,
         name="paged_attention",
     )(plan.row_S, plan.first_S, plan.pages_Sn.reshape(-1), lengths_B, q_BRD, *operands)  # fmt: skip
-    wide = rearrange(out_BRD, "B (T K G) (k H) -> B T G H K k", T=new, K=kv_heads, k=kv_heads)
-    return rearrange(jnp.diagonal(wide, axis1=-2, axis2=-1), "B T G H K -> B T (K G) H")
+    return own_part(out_BRD, new, kv_heads)
 
 
 def cost(q_BTNH, pool: PagePool, pages: int) -> pl.CostEstimate:

@@ -6,7 +6,7 @@ and goes to the matrix unit without being taken apart (heads of 64 would fill ha
 [.., 4, 64] array).  Scales of int8 pools lie with the tokens in the last axis for the same reason.
 
 Axis letters: P pages, p tokens of a page, D = K H, B sequences, T new tokens, K key/value heads, H
-head size, Q pages of a sequence.
+head size, Q pages of a sequence, w pages gathered, S = w p keys.
 """
 
 import dataclasses
@@ -42,10 +42,14 @@ class PagePool:
     def empty(cls, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype) -> "PagePool":
         """Return a pool of zeros; dtype int8 gives one with scales."""
         shape = (pages, page_size, kv_heads * head_dim)
-        scale = None
-        if jnp.dtype(dtype) == jnp.int8:
-            scale = jnp.zeros((pages, kv_heads, page_size), jnp.float32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale, scale)
+
+        def scale():
+            if jnp.dtype(dtype) != jnp.int8:
+                return None
+            return jnp.zeros((pages, kv_heads, page_size), jnp.float32)
+
+        # An array each: a pool may be donated, and a buffer can be so only once.
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale(), scale())
 
     @property
     def page_size(self) -> int:
@@ -78,6 +82,40 @@ class PagePool:
         k, k_scale = put(self.k_PpD, self.k_scale_PKp, k_BTKH)
         v, v_scale = put(self.v_PpD, self.v_scale_PKp, v_BTKH)
         return PagePool(k, v, k_scale, v_scale)
+
+    def gather(
+        self,
+        page_table_BQ: Int[Array, "B Q"],
+        first_B: Int[Array, "B"],
+        lengths_B: Int[Array, "B"],
+        *,
+        width: int,
+        head_dim: int,
+        dtype: Any,
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
+        """Return (keys, values, positions) of `width` pages a sequence as plain rows.
+
+        Args:
+          first_B: the first page, counted within the sequence.
+          lengths_B: tokens of each sequence; what lies beyond is zeros at position -1.
+        """
+        page, columns = self.page_size, page_table_BQ.shape[1]
+        index_Bw = first_B[:, None] + jnp.arange(width)
+        positions_BS = rearrange(index_Bw[..., None] * page + jnp.arange(page), "B w p -> B (w p)")
+        stored_BS = positions_BS < lengths_B[:, None]
+        held_Bw = stored_BS[:, ::page]
+        found_Bw = jnp.take_along_axis(page_table_BQ, jnp.clip(index_Bw, 0, columns - 1), axis=1)
+        pages_Bw = jnp.where(held_Bw, found_Bw, 0)
+
+        def rows(store, scales):
+            x = rearrange(store[pages_Bw], "B w p (K H) -> B (w p) K H", H=head_dim)
+            if scales is not None:
+                x = x.astype(jnp.float32) * rearrange(scales[pages_Bw], "B w K p -> B (w p) K 1")
+            # What was never written may be no number at all.
+            return jnp.where(stored_BS[:, :, None, None], x, 0).astype(dtype)
+
+        k, v = rows(self.k_PpD, self.k_scale_PKp), rows(self.v_PpD, self.v_scale_PKp)
+        return k, v, jnp.where(stored_BS, positions_BS, -1)
 
 
 def _codes(x_BTKH) -> tuple[jax.Array, jax.Array]:

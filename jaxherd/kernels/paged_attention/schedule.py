@@ -29,12 +29,12 @@ class Schedule(NamedTuple):
 
 
 def first_position(positions, kind: PagedRule, size: int | None):
-    """Return the first position that a query at `positions` sees."""
+    """Return the first position that a query at `positions` sees; of an int an int."""
     if kind == "chunked" and size:
         return positions // size * size
     if kind == "sliding_window" and size:
-        return jnp.maximum(positions - size + 1, 0)
-    return jnp.zeros_like(positions)
+        return (positions - size + 1) * (positions >= size)
+    return positions * 0
 
 
 def page_range(lengths_B, new_tokens: int, page_size: int, kind: PagedRule, size: int | None):
