@@ -273,7 +273,7 @@ print(f"curvature of the paths: {path_curvature(model.velocity, None, noise):.3f
 # ## Edit a clip that was held out
 # Regularised latent inversion goes from the clip at $t = 1$ down to `target_flowstep`. Each step is
 # solved for the velocity at its *destination*, so that the way back is the same way, and pulled a
-# little towards the statistics of true noise. Then it goes up again under the other title. SDEdit,
+# little towards the velocity at the clip freshly noised to that time. Then it goes up again under the other title. SDEdit,
 # beside it, only adds noise.
 
 # %%

@@ -95,7 +95,7 @@ def kept_over_rates(numbers: Mapping[str, float], what: str = "chroma") -> float
     """Return what is kept at a flip rate, averaged over `RATES`.
 
     At a rate the best value counts that the method reaches with at least as many flips; between
-    two neighbouring flow steps it is interpolated.  A rate that it never reaches counts as 0, what
+    the flow steps of neighbouring flip rates it is interpolated.  A rate that it never reaches counts as 0, what
     unrelated clips would keep.
     """
     points = sorted((numbers[f"flip/{t}"], numbers[f"{what}/{t}"]) for t in TIMES)

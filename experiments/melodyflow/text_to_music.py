@@ -14,7 +14,7 @@ Stages: `codec` trains the autoencoder with its discriminator; `latents` encodes
 Scales
   cpu   48 kHz stereo, 32 latents at 100 Hz (a small codec at the paper's 25 Hz did not learn the
         waveform in minutes, see the README), three groups of recordings from Debian packages as the
-        three labels; codec without a discriminator; flow of 1.2M parameters on 0.96 s.
+        three labels; codec without a discriminator; flow of 1.1M parameters on 0.96 s.
         About 15 minutes on two cores.
   gpu   the small network (400M) on one host of 8 GPUs, 30 s clips, T5 states as conditions.
   full  the medium network (1B) on v5e:8x8, 30 s clips, T5 states as conditions.

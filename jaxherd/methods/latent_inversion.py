@@ -133,7 +133,8 @@ class Inverted:
 
     Attributes:
       latents_BTC: the result.
-      std: of all their values: 1 for noise.  Backward Euler ends below, the implicit step above.
+      std: of all their values: 1 for noise.  On exact fields backward Euler ends below and the
+        implicit step above.
       evaluations: network evaluations for one example.
     """
 

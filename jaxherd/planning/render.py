@@ -113,3 +113,27 @@ def _render_collectives(plan: Plan, console: Any, table_class: Any) -> None:
             hidden,
         )
     console.print(table)
+
+
+def table_row(name: str, plan: Plan) -> str:
+    """Return a committed plan's row of the table in `tpu/README.md`.
+
+    Args:
+        name: of its file under `plans/`, without the ending.
+        plan: what the file holds.
+    """
+    shown = ["-"] * 3
+    if plan.fits:
+        seconds = plan.estimated_step_seconds
+        digits = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+        shares = (plan.exposed_collective_share, plan.non_matmul_share)
+        shown = [digits, *("-" if share is None else f"{share:.0%}" for share in shares)]
+    cells = (
+        f"[`{name}`](plans/{name}.json)",
+        str(plan.chips),
+        "yes" if plan.fits else "no",
+        f"{plan.hbm_gib_per_chip:.1f}",
+        f"{plan.hbm_limit_gib:.4g}",
+        *shown,
+    )
+    return "| " + " | ".join(cells) + " |"

@@ -8,6 +8,7 @@ import pytest
 from jaxherd.cli.plan_ import plan_stage
 from jaxherd.core import catalog, resources
 from jaxherd.core.targets import parse_target
+from jaxherd.planning.render import table_row
 from jaxherd.planning.report import Plan
 
 PLANS = sorted((resources.folder("tpu") / "plans").glob("*.json"))
@@ -25,6 +26,25 @@ def test_plan_is_whole(path):
         assert plan.estimated_step_seconds >= plan.compute_seconds * 0.999
     else:
         assert plan.advice
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_table_shows_the_plan(path):
+    table = (resources.folder("tpu") / "README.md").read_text().splitlines()
+    rows = [line for line in table if f"plans/{path.name}" in line]
+    assert rows == [table_row(path.stem, Plan.from_json(path.read_text()))]
+
+
+@pytest.mark.parametrize("stage, most", [("flow", 4.0), ("samples", 4.0)])
+@pytest.mark.parametrize("slice_name", ["v5e-8x8", "v6e-8x8"])
+def test_music_plans_are_of_the_recipe(stage, most, slice_name):
+    """The 1B flow at 30 s and the 64-evaluation sampler, in less than a third of a chip's memory."""
+    path = resources.folder("tpu") / "plans" / f"melodyflow-{stage}-{slice_name}.json"
+    plan = Plan.from_json(path.read_text())
+    found = catalog.load("melodyflow/text_to_music", "full").stage(stage)
+    assert plan.flops_per_step == found.flops_per_step()
+    assert plan.tokens_per_step == found.units_per_step()
+    assert plan.fits and plan.hbm_gib_per_chip <= most
 
 
 def test_scout_needs_less_memory_than_the_mark():
@@ -52,15 +72,33 @@ OVERRIDES = ("pretrain.layout.fsdp=2", "pretrain.layout.expert=2")
 
 
 @pytest.fixture(scope="module")
-def cheap():
-    """The laptop's model on four chips: the same step, small enough to compile in a test."""
+def uncached():
+    """What is read is what was compiled now, not a program kept from before."""
     pytest.importorskip("libtpu")
-    experiment = catalog.load("llama4/scout", "cpu").with_overrides(OVERRIDES)
-    # What is read is what was compiled now, not a program kept from before.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    yield plan_stage(experiment, experiment.stages[0], parse_target("v5e:2x2"))
+    yield
     jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.fixture(scope="module")
+def cheap(uncached):
+    """The laptop's model on four chips: the same step, small enough to compile in a test."""
+    experiment = catalog.load("llama4/scout", "cpu").with_overrides(OVERRIDES)
+    return plan_stage(experiment, experiment.stages[0], parse_target("v5e:2x2"))
+
+
+def test_the_small_flow_compiles_to_what_is_committed(uncached):
+    """The laptop's velocity network in whole: coupling's metrics, conditioner, halves and skips."""
+    experiment = catalog.load("melodyflow/text_to_music", "cpu")
+    plan = plan_stage(experiment, experiment.stage("flow"), parse_target("v5e:2x2"))
+    path = resources.folder("tpu") / "plans" / "melodyflow-flow-cpu-scale-v5e-2x2.json"
+    committed = Plan.from_json(path.read_text())
+    assert plan.fits and committed.fits
+    assert plan.flops_per_step == committed.flops_per_step
+    if plan.versions.get("libtpu") == committed.versions.get("libtpu"):
+        assert plan.hbm_gib_per_chip == pytest.approx(committed.hbm_gib_per_chip, rel=0.05)
+        assert plan.collective_bytes == pytest.approx(committed.collective_bytes, rel=0.05)
 
 
 def test_cheap_plan_compiles_to_what_is_committed(cheap):

@@ -77,3 +77,15 @@ def test_scout_trains_on_one_host_of_gpus():
     assert plan.fits and plan.chips == 8
     assert plan.flops_per_step == experiment.stages[0].flops_per_step()
     assert any(row.op in ("all-gather", "all-reduce") for row in plan.collectives)
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize("stage", ["codec", "flow", "samples"])
+def test_music_compiles_for_one_host_of_gpus(stage):
+    """Codec with all discriminators, velocity network at 30 s, sampler of 64 evaluations."""
+    experiment = catalog.load("melodyflow/text_to_music", "gpu")
+    found = experiment.stage(stage)
+    plan = plan_stage(experiment, found, parse_target("h100:8"))
+    assert plan.fits and plan.chips == 8
+    assert plan.flops_per_step == found.flops_per_step()
+    assert plan.hbm_gib_per_chip <= 40

@@ -239,7 +239,7 @@ class EvenClips:
                 f"the held-out tracks give {len(self._places)} clips, less than a batch of {batch}: "
                 "lower eval_batch_size or raise max_eval_clips."
             )
-        # Groups take turns, so that what is cut off is shared among them.
+        # In random order, so that what is cut off is shared among the groups.
         chance = np.random.default_rng(0)
         order = chance.permutation(len(self._places))[: len(self._places) // batch * batch]
         self._places = [self._places[i] for i in order]
