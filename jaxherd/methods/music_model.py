@@ -21,7 +21,7 @@ from jaxtyping import Float
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.data.audio.latents import TEXT_LENGTH, text_rows
 from jaxherd.methods.codec_latents import cut_notes, text_encoder
-from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
+from jaxherd.methods.flow_sampling import SamplingPlan, check_guidance, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
 from jaxherd.methods.told_network import Report, told
@@ -365,8 +365,9 @@ class MusicModel:
             its mean.
           report: is told of frames and steps.
         Raises:
-          JaxherdError: as for `encode` and `condition`.
+          JaxherdError: as for `encode` and `condition`, or a guidance that is no finite number.
         """
+        check_guidance(cfg_coef)
         rows = len(wave_BTC)
         before, after = (
             None if c is None else c.tile(rows // len(c.mask_BL))
@@ -377,7 +378,7 @@ class MusicModel:
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
             source = jnp.asarray(source_BFL)
-            with told(self.velocity, report, "editing", _calls(plan)) as network:
+            with told(self.velocity, report, "editing", plan.edit_calls()) as network:
                 edited = edit_latents(
                     network, source, before, after, plan, edit_key, cfg_coef=cfg_coef
                 )
@@ -392,9 +393,3 @@ class MusicModel:
 @jax.jit
 def _quantised(autoencoder: AudioAutoencoder, x_BFL: jax.Array) -> jax.Array:
     return autoencoder.quantise(x_BFL).latents_BTL
-
-
-def _calls(plan: Inversion) -> int:
-    """Return how often an edit calls the network; references and guidance share a call."""
-    each = {"implicit": plan.iterations, "backward_euler": 1, "noise": 0}[plan.scheme]
-    return plan.steps * (each + 1)
