@@ -115,6 +115,7 @@ def audio_blocks(
       JaxherdError: as `read_audio` does; what is wrong inside of the file is found on the way.
     """
     info = audio_info(path, max_seconds=max_seconds)
+    check_channels(info.channels, channels or info.channels, path)
     new_rate = sample_rate or info.sample_rate
     divisor = math.gcd(info.sample_rate, new_rate)
     up, down = new_rate // divisor, info.sample_rate // divisor
@@ -192,6 +193,13 @@ def read_audio(
     return np.concatenate(list(blocks)), rate
 
 
+def check_channels(own: int, channels: int, path: str | os.PathLike[str] | None = None) -> None:
+    """Raise a JaxherdError if `with_channels` cannot do it; it names the file if one is given."""
+    if own != channels and own != 1 and channels != 1:
+        where = "" if path is None else f"{os.fspath(path)!r}: "
+        raise JaxherdError(f"{where}{own} channels cannot be made {channels}: mix them down first.")
+
+
 def with_channels(wave_TC: Float[np.ndarray, "T C"], channels: int) -> Float[np.ndarray, "T D"]:
     """Return the wave with so many channels: the mean of all for one, copies of one for several.
 
@@ -199,13 +207,12 @@ def with_channels(wave_TC: Float[np.ndarray, "T C"], channels: int) -> Float[np.
       JaxherdError: several channels to another number of several.
     """
     own = wave_TC.shape[1]
+    check_channels(own, channels)
     if own == channels:
         return wave_TC
     if channels == 1:
         return wave_TC.mean(axis=1, keepdims=True)
-    if own == 1:
-        return np.repeat(wave_TC, channels, axis=1)
-    raise JaxherdError(f"{own} channels cannot be made {channels}: mix them down first.")
+    return np.repeat(wave_TC, channels, axis=1)
 
 
 def resample(
