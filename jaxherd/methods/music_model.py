@@ -11,7 +11,7 @@ Source: melodyflow.md 2.1, 5 and 6.1.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +268,12 @@ class MusicModel:
         Raises:
           JaxherdError: another width than the codec's, no frame, or values that are no numbers.
         """
+        return np.concatenate(list(self.decode_pieces(latents_BFL, report=report)), axis=1)
+
+    def decode_pieces(
+        self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the waveforms of `decode` piece by piece, [B, any T, C], in bounded memory."""
         latents_BFL = np.asarray(latents_BFL, np.float32)
         width = self.autoencoder.config.seanet.dimension
         if latents_BFL.shape[2] != width or not latents_BFL.shape[1]:
@@ -284,13 +290,12 @@ class MusicModel:
         frames = x_BFL.shape[1]
         starts = range(0, frames, FRAMES_PER_CHUNK)
         pieces = (self._snapped(x_BFL[:, i : i + FRAMES_PER_CHUNK]) for i in starts)
-        waves, done = [], 0
+        done = 0
         for wave_BTC in decode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
-            waves.append(wave_BTC)
             done += wave_BTC.shape[1] // self.autoencoder.config.seanet.hop
             if report is not None:
                 report("decoding", done, frames)
-        return np.concatenate(waves, axis=1)
+            yield wave_BTC
 
     def _snapped(self, x_BFL: np.ndarray) -> np.ndarray:
         if self.autoencoder.quantiser is None:

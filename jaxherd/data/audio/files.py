@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -234,18 +234,38 @@ def write_audio(
     Raises:
       JaxherdError: an unknown suffix, or a place that cannot be written.
     """
+    return write_audio_pieces(path, [wave_TC], sample_rate, wave_TC.shape[1])
+
+
+def write_audio_pieces(
+    path: str | os.PathLike[str],
+    pieces: Iterable[Float[np.ndarray, "_ C"]],
+    sample_rate: int,
+    channels: int,
+) -> pathlib.Path:
+    """Write a wave that comes piece by piece as `write_audio` does; one piece is held at a time.
+
+    Args:
+      path: its suffix says the format.
+      pieces: of one wave, in order, with so many channels.
+      sample_rate: Hz.
+      channels: of the wave.
+    Raises:
+      JaxherdError: an unknown suffix, or a place that cannot be written.
+    """
     soundfile = _soundfile()
     path = pathlib.Path(path)
     check_output(path)
     kind, subtype = FORMATS[path.suffix.lower()]
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # libsndfile's Vorbis encoder overflows its stack on very long writes.
         with soundfile.SoundFile(
-            partial, "w", sample_rate, wave_TC.shape[1], format=kind, subtype=subtype
+            partial, "w", sample_rate, channels, format=kind, subtype=subtype
         ) as file:
-            for start in range(0, len(wave_TC), 1 << 16):
-                file.write(np.clip(wave_TC[start : start + (1 << 16)], -1.0, 1.0))
+            for wave_TC in pieces:
+                # libsndfile's Vorbis encoder overflows its stack on very long writes.
+                for start in range(0, len(wave_TC), 1 << 16):
+                    file.write(np.clip(wave_TC[start : start + (1 << 16)], -1.0, 1.0))
         os.replace(partial, path)
     except (OSError, soundfile.SoundFileError) as error:
         raise JaxherdError(f"{str(path)!r} cannot be written ({error}).") from error
