@@ -8,6 +8,7 @@ import hashlib
 import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -46,10 +47,11 @@ class LatentFile:
             "sample_rate": self.sample_rate,
             "statistics": self.statistics,
         }
+        told: dict[str, Any] = {name: x for name, x in fields.items() if x is not None}
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as file:
-                np.savez(file, **{k: np.asarray(v) for k, v in fields.items() if v is not None})
+                np.savez(file, **told)
             partial.replace(path)
         except OSError as error:
             raise StorageError(
