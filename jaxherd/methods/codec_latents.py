@@ -192,10 +192,15 @@ def _latent_file(folder: Path, track: Track) -> Path:
 
 
 class TextEncoder:
-    """A frozen T5 encoder with its tokenizer: text to states [tokens, D] in float32."""
+    """A frozen T5 encoder with its tokenizer: text to states [tokens, D] in float32.
+
+    It computes in float32 whatever its checkpoint is stored in: T5's activations outgrow float16,
+    and the states are to be those of training (melodyflow.md 3.4).
+    """
 
     def __init__(self, source: str):
-        self._model, self._tokenizer = load(source), load_tokenizer(source)
+        self._model = load(source, dtype="float32")
+        self._tokenizer = load_tokenizer(source)
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, text: str) -> np.ndarray:

@@ -8,6 +8,7 @@ Axis letters: B batch, T frames, C latent channels.  Source: melodyflow.md 5.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -59,7 +60,8 @@ class SamplingPlan:
         data between the same times, reversed.
 
     Raises:
-      JaxherdError: an odd number of midpoint steps, or times outside [0, 1].
+      JaxherdError: an odd number of midpoint steps, times outside [0, 1], or a sway or guidance
+        that is no finite number.
     """
 
     steps: int = 64
@@ -79,6 +81,7 @@ class SamplingPlan:
                 f"source and target must lie between 0 (noise) and 1 (data), got {self.source} "
                 f"and {self.target}."
             )
+        check_guidance(self.cfg_coef)
         sway_grid(self.steps, self.sway)
 
     @property
@@ -91,6 +94,12 @@ class SamplingPlan:
         low, high = sorted((self.source, self.target))
         times = sway_grid(self.steps, self.sway, low=low, high=high)
         return times if self.target >= self.source else times[::-1]
+
+
+def check_guidance(cfg_coef: float) -> None:
+    """Raise a JaxherdError if a guidance is no finite number."""
+    if not math.isfinite(cfg_coef):
+        raise JaxherdError(f"cfg_coef={cfg_coef} is no finite number: 4 is the usual guidance.")
 
 
 def evaluations(plan: SamplingPlan) -> int:

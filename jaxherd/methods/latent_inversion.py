@@ -22,7 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError, nearest
-from jaxherd.methods.flow_sampling import SamplingPlan, Velocity, evaluations, guided, solve
+from jaxherd.methods.flow_sampling import (
+    SamplingPlan,
+    Velocity,
+    evaluations,
+    guided,
+    solve,
+    sway_grid,
+)
 from jaxherd.methods.inversion_regularizer import regularize
 
 Scheme = Literal["implicit", "backward_euler", "noise"]
@@ -75,6 +82,7 @@ class Inversion:
             raise JaxherdError(
                 f"target_flowstep must lie in [0, 1), got {self.target_flowstep}: 1 is the source."
             )
+        sway_grid(self.steps, self.sway)
 
     @property
     def referenced(self) -> bool:
@@ -99,6 +107,11 @@ class Inversion:
     def evaluations(self) -> int:
         """Return the network evaluations for one example."""
         return self.steps * self.evaluations_per_step()
+
+    def edit_calls(self) -> int:
+        """Return how often an edit calls the network; references and guidance share a call."""
+        each = {"implicit": self.iterations, "backward_euler": 1, "noise": 0}[self.scheme]
+        return self.steps * (each + 1)
 
 
 def inversion(method: str, **changes: Any) -> Inversion:

@@ -11,7 +11,7 @@ Source: melodyflow.md 2.1, 5 and 6.1.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.data.audio.latents import TEXT_LENGTH, text_rows
 from jaxherd.methods.codec_latents import cut_notes, text_encoder
-from jaxherd.methods.flow_sampling import SamplingPlan, evaluations, transport
+from jaxherd.methods.flow_sampling import SamplingPlan, check_guidance, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
 from jaxherd.methods.told_network import Report, told
@@ -268,6 +268,12 @@ class MusicModel:
         Raises:
           JaxherdError: another width than the codec's, no frame, or values that are no numbers.
         """
+        return np.concatenate(list(self.decode_pieces(latents_BFL, report=report)), axis=1)
+
+    def decode_pieces(
+        self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yield the waveforms of `decode` piece by piece, [B, any T, C], in bounded memory."""
         latents_BFL = np.asarray(latents_BFL, np.float32)
         width = self.autoencoder.config.seanet.dimension
         if latents_BFL.shape[2] != width or not latents_BFL.shape[1]:
@@ -284,13 +290,12 @@ class MusicModel:
         frames = x_BFL.shape[1]
         starts = range(0, frames, FRAMES_PER_CHUNK)
         pieces = (self._snapped(x_BFL[:, i : i + FRAMES_PER_CHUNK]) for i in starts)
-        waves, done = [], 0
+        done = 0
         for wave_BTC in decode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
-            waves.append(wave_BTC)
             done += wave_BTC.shape[1] // self.autoencoder.config.seanet.hop
             if report is not None:
                 report("decoding", done, frames)
-        return np.concatenate(waves, axis=1)
+            yield wave_BTC
 
     def _snapped(self, x_BFL: np.ndarray) -> np.ndarray:
         if self.autoencoder.quantiser is None:
@@ -365,8 +370,9 @@ class MusicModel:
             its mean.
           report: is told of frames and steps.
         Raises:
-          JaxherdError: as for `encode` and `condition`.
+          JaxherdError: as for `encode` and `condition`, or a guidance that is no finite number.
         """
+        check_guidance(cfg_coef)
         rows = len(wave_BTC)
         before, after = (
             None if c is None else c.tile(rows // len(c.mask_BL))
@@ -377,7 +383,7 @@ class MusicModel:
         latents_BFL, count, inverted = source_BFL, 0, None
         if plan is not None:
             source = jnp.asarray(source_BFL)
-            with told(self.velocity, report, "editing", _calls(plan)) as network:
+            with told(self.velocity, report, "editing", plan.edit_calls()) as network:
                 edited = edit_latents(
                     network, source, before, after, plan, edit_key, cfg_coef=cfg_coef
                 )
@@ -392,9 +398,3 @@ class MusicModel:
 @jax.jit
 def _quantised(autoencoder: AudioAutoencoder, x_BFL: jax.Array) -> jax.Array:
     return autoencoder.quantise(x_BFL).latents_BTL
-
-
-def _calls(plan: Inversion) -> int:
-    """Return how often an edit calls the network; references and guidance share a call."""
-    each = {"implicit": plan.iterations, "backward_euler": 1, "noise": 0}[plan.scheme]
-    return plan.steps * (each + 1)

@@ -40,6 +40,18 @@ def is_published(folder: pathlib.Path) -> bool:
     return any(_file(folder, name) is not None for name in (FLOW, CODEC))
 
 
+def published_folder(source: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Return the local folder of published files that `source` is, or is one of the files of.
+
+    A file beside a config.json is some other model's; None is what is nothing of the kind.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path if is_published(path) else None
+    named = path.stem in (FLOW, CODEC) and path.suffix in _SUFFIXES and path.is_file()
+    return path.parent if named and not (path.parent / "config.json").exists() else None
+
+
 def load_published(
     source: str | os.PathLike[str], *, text_encoder: str | None = None, dtype: Any = None
 ) -> MusicModel:

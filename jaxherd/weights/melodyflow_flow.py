@@ -24,7 +24,6 @@ from jaxherd.models.velocity_transformer import TextStates, VelocityTransformerC
 
 _TEXT = "condition_provider.conditioners.description.output_proj"
 _ROPE = re.compile(r"transformer\.(layers\.\d+\.self_attn\.)?rope\.frequencies")
-_SHOWN = 12
 
 # Sizes of a head in the audiocraft family; a state dict does not tell.
 ASSUMED_HEAD_DIM = 64
@@ -312,8 +311,7 @@ def _check(state, expected: Mapping[str, tuple[int, ...]], ignored: set[str]) ->
     parts = []
     for title, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            parts.append(f"{title}: {', '.join(names[:_SHOWN])}{more}")
+            parts.append(f"{title}: {', '.join(names)}")
     if parts:
         raise JaxherdError("the flow state dict does not fit; " + "; ".join(parts) + ".")
 

@@ -1,5 +1,7 @@
 """`jaxherd music`: sound in, sound out, and what is told before anything is computed."""
 
+import dataclasses
+import errno
 import sys
 import tracemalloc
 from pathlib import Path
@@ -13,6 +15,7 @@ import tiny_music
 
 from jaxherd.cli.main import main
 from jaxherd.data.audio.files import read_audio, resample, write_audio
+from jaxherd.data.audio.latent_file import LatentFile, statistics_digest
 from jaxherd.methods import music_model
 from jaxherd.methods.music_files import save_music
 
@@ -58,6 +61,87 @@ def test_encode_and_decode_are_the_codec(model, song, tmp_path):
     wave = read_audio(song)[0]
     wanted = np.clip(loaded.decode(loaded.encode(wave[None]))[0, : len(wave)], -1, 1)
     np.testing.assert_allclose(read_audio(out)[0], wanted, atol=1e-4)
+
+
+BAD_LATENTS = {
+    "cut off": ("x.npz", lambda p, good: p.write_bytes(good.read_bytes()[:-30])),
+    "half": ("x.npz", lambda p, good: p.write_bytes(good.read_bytes()[:200])),
+    "empty": ("x.npz", lambda p, good: p.write_bytes(b"")),
+    "text": ("x.npz", lambda p, good: p.write_text("la la la")),
+    "one array": ("x.npy", lambda p, good: np.save(p, np.zeros((5, 4), np.float32))),
+    "several samples": ("x.npz", lambda p, good: resaved(p, good, samples=np.array([400, 400]))),
+    "samples in words": ("x.npz", lambda p, good: resaved(p, good, samples="many")),
+    "endless samples": ("x.npz", lambda p, good: resaved(p, good, samples=np.inf)),
+    "no samples": ("x.npz", lambda p, good: resaved(p, good, samples=None)),
+    "objects": ("x.npz", lambda p, good: resaved(p, good, latents=np.array([{}, 1]))),
+    "complex": ("x.npz", lambda p, good: resaved(p, good, latents=np.ones((5, 4), complex))),
+    "flat": ("x.npz", lambda p, good: resaved(p, good, latents=np.ones(4))),
+}
+
+
+def resaved(path, good, **changes):
+    """Write the file again with other fields; None leaves one out."""
+    fields = dict(np.load(good)) | changes
+    np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+
+
+@pytest.fixture
+def encoded(model, song, tmp_path) -> Path:
+    out = tmp_path / "good.npz"
+    assert main(["music", "encode", model, song, "--out", str(out)]) == 0
+    return out
+
+
+def test_files_that_hold_no_latents_are_named(model, encoded, tmp_path, capsys):
+    out = tmp_path / "x.wav"
+    for kind, (name, make) in BAD_LATENTS.items():
+        make(tmp_path / name, encoded)
+        assert main(["music", "decode", model, str(tmp_path / name), "--out", str(out)]) == 2, kind
+        error = capsys.readouterr().err.strip()
+        assert name in error and len(error.splitlines()) == 1, (kind, error)
+        assert not out.exists()
+
+
+def test_latents_of_another_model_are_refused(model, encoded, tmp_path, capsys):
+    def decode(path, model=model):
+        out = tmp_path / "x.wav"
+        code = main(["music", "decode", model, str(path), "--out", str(out)])
+        told = capsys.readouterr()
+        return code, told.out + told.err
+
+    assert "note" not in decode(encoded)[1]
+    loaded = tiny_music.music_model()
+    other = dataclasses.replace(loaded, std=loaded.std * np.float32(1.001))
+    code, told = decode(encoded, str(save_music(other, tmp_path / "other")))
+    assert code == 2 and "good.npz' was encoded by a model with other statistics" in told
+    changed = tmp_path / "changed.npz"
+    resaved(changed, encoded, sample_rate=48_000)
+    code, told = decode(changed)
+    assert code == 2 and "changed.npz' was encoded at 48000 Hz, not the model's 8000 Hz" in told
+    resaved(changed, encoded, statistics=None)  # as written before they were kept
+    code, told = decode(changed)
+    assert code == 0 and "note: changed.npz does not say which model encoded it" in told
+
+
+def test_a_disk_that_gets_full_leaves_no_latents(model, song, tmp_path, capsys, monkeypatch):
+    def full(file, **fields):
+        file.write(b"PK")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    out = tmp_path / "x.npz"
+    assert main(["music", "encode", model, song, "--out", str(out)]) == 74
+    assert "x.npz' could not be written (No space left" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["song.flac"]
+
+
+def test_six_channels_are_named_and_not_promised(model, tmp_path, capsys):
+    six = write_audio(tmp_path / "six.wav", np.full((400, 6), 0.1, np.float32), tiny_music.RATE)
+    for verb, more in (("encode", ()), ("edit", EDIT)):
+        out = tmp_path / ("x.npz" if verb == "encode" else "x.wav")
+        assert main(["music", verb, model, str(six), "--out", str(out), *more]) == 2
+        told = capsys.readouterr()
+        assert "six.wav': 6 channels cannot be made 2" in told.err and "made" not in told.out
 
 
 def heard(model, verb, source, tmp_path, *more):
@@ -135,6 +219,40 @@ def test_long_recordings_are_encoded_in_pieces_and_not_edited(tmp_path, capsys, 
     assert np.abs(rows[2] - rows[4]).max() < 1e-4 < 1e-3 < np.abs(rows[2] - rows[3]).max()
 
 
+def test_long_latents_are_decoded_in_bounded_memory(tmp_path, monkeypatch):
+    """Eight times the length takes no more memory, and the sound is that of the whole.
+
+    Pieces lie in buffers of JAX, which tracemalloc does not see, so that copies are handed out.
+    """
+    monkeypatch.setattr(music_model, "FRAMES_PER_CHUNK", 25)
+    decode_pieces = music_model.MusicModel.decode_pieces
+    monkeypatch.setattr(
+        music_model.MusicModel,
+        "decode_pieces",
+        lambda *arguments, **words: (wave.copy() for wave in decode_pieces(*arguments, **words)),
+    )
+    loaded = tiny_music.music_model(codec=tiny_music.SLOW)
+    folder = str(save_music(loaded, tmp_path / "model"))
+    chance, peaks = np.random.default_rng(0), []
+    for frames in (100, 100, 800):  # the first one compiles
+        latents = chance.standard_normal((frames, 4)).astype(np.float32)
+        path, out = tmp_path / "long.npz", tmp_path / "long.wav"
+        digest = statistics_digest(loaded.mean, loaded.std)
+        LatentFile(latents, frames * 4000 - 7, tiny_music.RATE, digest).write(path)
+        tracemalloc.start()
+        try:
+            assert main(["music", "decode", folder, str(path), "--out", str(out)]) == 0
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        if frames == 100:
+            wanted = np.clip(loaded.decode(latents[None])[0, : frames * 4000 - 7], -1, 1)
+            np.testing.assert_allclose(read_audio(out)[0], wanted, atol=1e-4)
+    assert soundfile.info(out).frames == 800 * 4000 - 7
+    more = 700 * 4000 * loaded.channels * 4  # bytes of what is longer
+    assert peaks[2] < peaks[1] + more / 10, peaks
+
+
 def test_an_empty_prompt_is_no_condition(model, song, tmp_path, capsys):
     def make(name, *more):
         line = ["music", "generate", model, "--out", str(tmp_path / name), "--seconds", "0.05"]
@@ -175,6 +293,11 @@ def test_more_than_the_model_was_trained_on_is_noted(model, tmp_path, capsys):
         (("generate", "MODEL", "--out", "x.wav", "--steps", "3"), "even|midpoint"),
         (("generate", "nothing", "--out", "x.wav"), "no file or folder"),
         (("edit", "MODEL", "none.wav", "--prompt", "metal", "--out", "x.wav"), "no audio file"),
+        (("generate", "MODEL", "--out", "x.wav", "--cfg", "nan"), "cfg_coef=nan"),
+        (
+            ("edit", "nothing", "none.wav", "--prompt", "m", "--out", "x.wav", "--cfg", "inf"),
+            "cfg_coef=inf",
+        ),
         (("decode", "MODEL", "none.npz", "--out", "x.wav"), "holds no latents"),
         (("encode", "MODEL", "none.wav", "--out", "x.txt"), "name a .npz"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment, StageContext
 from jaxherd.core.layouts import Layout
+from jaxherd.core.modules import cast_floating
 from jaxherd.core.runner import run_experiment
 from jaxherd.data.audio.clips import AudioClips
 from jaxherd.data.audio.files import write_audio
@@ -30,6 +31,7 @@ from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
 from jaxherd.training.optimizers import Optimizer, Schedule
 from jaxherd.training.stage import Evaluation, RunConfig, StepConfig, TrainStage, load_model
+from jaxherd.weights.save import save
 
 RATE, WIDTH = 2000, 4
 
@@ -157,7 +159,7 @@ def test_an_empty_caption_is_no_condition(run, music, tmp_path, monkeypatch):
             if caption is not None:
                 (tmp_path / label / f"{number}.txt").write_text(f" {caption}\n")
     encoder = T5EncoderConfig(40, 8, 1, 2, 4, 8).build(jax.random.key(0))
-    monkeypatch.setattr(codec_latents, "load", lambda source: encoder)
+    monkeypatch.setattr(codec_latents, "load", lambda source, dtype: encoder)
     monkeypatch.setattr(codec_latents, "load_tokenizer", lambda source: Letters())
     groups = tuple(AudioGroup(name, (str(tmp_path / name),)) for name in ("slow", "fast"))
     stage = dataclasses.replace(
@@ -239,6 +241,23 @@ def test_half_the_storage_is_said_and_changes_little(run, tmp_path, monkeypatch)
             np.testing.assert_allclose(x, y, rtol=2.0**-11, atol=2.0**-25)
     with pytest.raises(JaxherdError, match="storage='float8'"):
         dataclasses.replace(stages[1], storage="float8")
+
+
+def test_the_text_encoder_computes_in_float32(tmp_path, monkeypatch):
+    """A checkpoint in half precision is widened before it is run, not its states afterwards."""
+    encoder = T5EncoderConfig(40, 8, 1, 2, 4, 8).build(jax.random.key(0))
+    half = cast_floating(encoder, "bfloat16")
+    folder = str(save(half, tmp_path / "t5"))
+    monkeypatch.setattr(codec_latents, "load_tokenizer", lambda source: Letters())
+    states = codec_latents.TextEncoder(folder)("a b c")
+    tokens, mask = np.zeros((1, 32), np.int32), np.arange(32)[None] < 6
+    tokens[0, :6] = [*Letters().encode("a b c"), Letters.eos_id]
+
+    def run(model):
+        return np.asarray(codec_latents._states(model, tokens, mask)[0, :6], np.float32)
+
+    np.testing.assert_allclose(states, run(cast_floating(half, "float32")), atol=1e-6)
+    assert np.abs(states - run(half)).max() > 1e-4
 
 
 class Letters:

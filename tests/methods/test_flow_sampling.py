@@ -22,6 +22,7 @@ from jaxherd.methods.flow_sampling import (
     sway_grid,
     transport,
 )
+from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.music_samples import SampleMusic
 from jaxherd.models.velocity_transformer import LabelEmbedding, VelocityTransformerConfig
 
@@ -158,6 +159,12 @@ def test_errors():
         (lambda: SamplingPlan(0), "at least 1 step"),
         (lambda: SamplingPlan(4, source=1.5), "between 0"),
         (lambda: SamplingPlan(4, sway=-2.0), "backwards"),
+        (lambda: SamplingPlan(4, sway=float("nan")), "backwards"),
+        (lambda: SamplingPlan(4, cfg_coef=float("nan")), "cfg_coef=nan is no finite"),
+        (lambda: SamplingPlan(4, cfg_coef=float("inf")), "cfg_coef=inf is no finite"),
+        (lambda: SamplingPlan(4, cfg_coef=float("inf"), source=1.0, target=0.0), "no finite"),
+        (lambda: Inversion(sway=float("nan")), "backwards"),
+        (lambda: Inversion(steps=0), "at least 1 step"),
         (
             lambda: generate(
                 jax.jit(TINY.build)(jax.random.key(0)), None, key=jax.random.key(0), batch=1, frames=4,

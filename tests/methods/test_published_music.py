@@ -222,3 +222,7 @@ def test_commands_take_the_folder(model, folder, tmp_path, capsys):
     assert main(["convert", str(folder), str(tmp_path / "ours"), "--to", "jaxherd"]) == 0
     assert "wrote a music model of" in capsys.readouterr().out
     same_parameters(model, load_music(tmp_path / "ours"))
+    for name in ("state_dict.bin", "compression_state_dict.bin"):  # the file stands for its folder
+        target = tmp_path / f"of-{name}"
+        assert main(["convert", str(folder / name), str(target), "--to", "jaxherd"]) == 0
+        same_parameters(model, load_music(target))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -121,6 +122,17 @@ def test_all_that_does_not_fit_is_said_at_once():
         "wrong shape: out_proj.weight is (16, 6) instead of (6, 16)",
     ):
         assert part in str(error.value)
+    # However many they are, each is named.
+    state = state_of(golden)
+    rest = re.compile(r"transformer\.layers\.[1-5]\..*(norm|linear).*weight")
+    taken = [name for name in state if rest.fullmatch(name)]
+    strangers = [name + ".other" for name in taken]
+    kept = {name: value for name, value in state.items() if name not in taken}
+    with pytest.raises(JaxherdError) as error:
+        read_flow_state({**kept, **dict.fromkeys(strangers, np.zeros(2))}, num_heads=2)
+    assert len(taken) > 12
+    told = re.split(r"[ ,;]+", str(error.value).rstrip("."))
+    assert {name.replace(".mha.", ".") for name in (*taken, *strangers)} <= set(told)
     with pytest.raises(JaxherdError, match="no multiple of the assumed head size 64"):
         read_flow_state(state_of(golden))
     with pytest.raises(JaxherdError, match="frequencies"):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,7 @@ def audio_blocks(
       JaxherdError: as `read_audio` does; what is wrong inside of the file is found on the way.
     """
     info = audio_info(path, max_seconds=max_seconds)
+    check_channels(info.channels, channels or info.channels, path)
     new_rate = sample_rate or info.sample_rate
     divisor = math.gcd(info.sample_rate, new_rate)
     up, down = new_rate // divisor, info.sample_rate // divisor
@@ -192,6 +193,13 @@ def read_audio(
     return np.concatenate(list(blocks)), rate
 
 
+def check_channels(own: int, channels: int, path: str | os.PathLike[str] | None = None) -> None:
+    """Raise a JaxherdError if `with_channels` cannot do it; it names the file if one is given."""
+    if own != channels and own != 1 and channels != 1:
+        where = "" if path is None else f"{os.fspath(path)!r}: "
+        raise JaxherdError(f"{where}{own} channels cannot be made {channels}: mix them down first.")
+
+
 def with_channels(wave_TC: Float[np.ndarray, "T C"], channels: int) -> Float[np.ndarray, "T D"]:
     """Return the wave with so many channels: the mean of all for one, copies of one for several.
 
@@ -199,13 +207,12 @@ def with_channels(wave_TC: Float[np.ndarray, "T C"], channels: int) -> Float[np.
       JaxherdError: several channels to another number of several.
     """
     own = wave_TC.shape[1]
+    check_channels(own, channels)
     if own == channels:
         return wave_TC
     if channels == 1:
         return wave_TC.mean(axis=1, keepdims=True)
-    if own == 1:
-        return np.repeat(wave_TC, channels, axis=1)
-    raise JaxherdError(f"{own} channels cannot be made {channels}: mix them down first.")
+    return np.repeat(wave_TC, channels, axis=1)
 
 
 def resample(
@@ -227,18 +234,38 @@ def write_audio(
     Raises:
       JaxherdError: an unknown suffix, or a place that cannot be written.
     """
+    return write_audio_pieces(path, [wave_TC], sample_rate, wave_TC.shape[1])
+
+
+def write_audio_pieces(
+    path: str | os.PathLike[str],
+    pieces: Iterable[Float[np.ndarray, "_ C"]],
+    sample_rate: int,
+    channels: int,
+) -> pathlib.Path:
+    """Write a wave that comes piece by piece as `write_audio` does; one piece is held at a time.
+
+    Args:
+      path: its suffix says the format.
+      pieces: of one wave, in order, with so many channels.
+      sample_rate: Hz.
+      channels: of the wave.
+    Raises:
+      JaxherdError: an unknown suffix, or a place that cannot be written.
+    """
     soundfile = _soundfile()
     path = pathlib.Path(path)
     check_output(path)
     kind, subtype = FORMATS[path.suffix.lower()]
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # libsndfile's Vorbis encoder overflows its stack on very long writes.
         with soundfile.SoundFile(
-            partial, "w", sample_rate, wave_TC.shape[1], format=kind, subtype=subtype
+            partial, "w", sample_rate, channels, format=kind, subtype=subtype
         ) as file:
-            for start in range(0, len(wave_TC), 1 << 16):
-                file.write(np.clip(wave_TC[start : start + (1 << 16)], -1.0, 1.0))
+            for wave_TC in pieces:
+                # libsndfile's Vorbis encoder overflows its stack on very long writes.
+                for start in range(0, len(wave_TC), 1 << 16):
+                    file.write(np.clip(wave_TC[start : start + (1 << 16)], -1.0, 1.0))
         os.replace(partial, path)
     except (OSError, soundfile.SoundFileError) as error:
         raise JaxherdError(f"{str(path)!r} cannot be written ({error}).") from error

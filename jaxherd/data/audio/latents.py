@@ -185,7 +185,7 @@ class LatentClips:
             )
 
     def _about(self, folder: LatentFolder, tracks: Sequence[LatentTrack]) -> dict[str, Any]:
-        """Return what a log should say, with a note about what is left out, padded or cut."""
+        """Return what a log should say, with notes about what is left out, empty or cut."""
         least = self.frames if self.min_frames is None else self.min_frames
         about: dict[str, Any] = {
             "labels": list(folder.labels),
@@ -203,6 +203,12 @@ class LatentClips:
             )
         if self.text_dim:
             lengths = [track.tokens or 0 for track in tracks]
+            about["captions_empty"] = lengths.count(0)
+            if about["captions_empty"]:
+                notes.append(
+                    f"{about['captions_empty']} of {len(tracks)} captions are empty: these "
+                    "recordings are trained on without a condition."
+                )
             about["captions_cut"] = sum(length > self.text_length for length in lengths)
             if about["captions_cut"]:
                 notes.append(

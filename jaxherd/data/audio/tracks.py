@@ -99,7 +99,12 @@ def open_track(
     channels: int,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Track:
-    """Return a recording at this rate and number of channels, decoding it on first use."""
+    """Return a recording at this rate and number of channels, decoding it on first use.
+
+    Raises:
+      JaxherdError: a recording that cannot be decoded, or a caption that is not UTF-8.
+    """
+    caption = _caption(path.with_suffix(".txt"))
     digest = _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
     folder = cache_root(cache_dir) / "audio"
     target = folder / f"{digest[:24]}-{sample_rate}-{channels}.npy"
@@ -112,10 +117,19 @@ def open_track(
                     partial.replace(target)
                 finally:
                     partial.unlink(missing_ok=True)
-    words = path.with_suffix(".txt")
-    caption = words.read_text(encoding="utf-8").strip() if words.is_file() else None
     name = f"{path.parent.name}/{path.stem}"
     return Track(name, target, digest, caption, audio_info(path), sample_rate)
+
+
+def _caption(path: pathlib.Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise JaxherdError(
+            f"the caption {str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8."
+        ) from error
 
 
 def conversions(tracks: Sequence[Track]) -> dict[str, int]:

@@ -181,3 +181,13 @@ def test_damaged_recordings_are_named(tmp_path):
         with pytest.raises(JaxherdError, match=told):
             data.build(split="train", seed=0, cache_dir=tmp_path / "c")
     assert not list((tmp_path / "c").rglob("*.npy")) + list((tmp_path / "c").rglob("*.partial"))
+
+
+def test_captions_that_are_no_utf8_are_named(tmp_path):
+    wave = write_audio(tmp_path / "song.wav", np.full((8000, 1), 0.1, np.float32), 8000)
+    words, place = tmp_path / "song.txt", {"sample_rate": 8000, "channels": 1}
+    words.write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
+    with pytest.raises(JaxherdError, match=r"song.txt' is not UTF-8 \(byte 2\)"):
+        open_track(wave, **place, cache_dir=tmp_path / "c")
+    words.write_text("Gr\u00fc\u00dfe \n", encoding="utf-8")
+    assert open_track(wave, **place, cache_dir=tmp_path / "c").caption == "Gr\u00fc\u00dfe"

@@ -55,6 +55,14 @@ def test_channels():
         with_channels(wave, 3)
 
 
+def test_a_file_whose_channels_do_not_fit_is_named(tmp_path):
+    path = write_audio(tmp_path / "six.wav", tone(channels=6), 8000)
+    for read in (read_audio, lambda *a, **k: next(audio_blocks(*a, **k))):
+        with pytest.raises(JaxherdError, match=r"six.wav': 6 channels cannot be made 2"):
+            read(path, channels=2)
+    assert read_audio(path, channels=1)[0].shape[1] == 1
+
+
 def test_bad_files_are_told_in_one_sentence(tmp_path):
     with pytest.raises(JaxherdError, match="There is no audio file"):
         read_audio(tmp_path / "none.wav")

@@ -96,6 +96,15 @@ def test_text_states_are_padded_and_masked(folder):
     assert about["notes"] == ["1 of 4 captions have more than 4 tokens and are cut there."]
     about = build(folder, **changes).describe()
     assert about["captions_cut"] == 0 and "notes" not in about
+    assert about["captions_empty"] == 0
+    for number in (0, 3):  # both of the training split
+        arrays = dict(np.load(folder / f"{number}.npz"))
+        np.savez(folder / f"{number}.npz", **arrays | {"text": np.zeros((0, 4), np.float32)})
+    about = build(folder, **changes).describe()
+    assert about["captions_empty"] == 2
+    assert about["notes"] == [
+        "2 of 4 captions are empty: these recordings are trained on without a condition."
+    ]
     # Told when the data is opened, not at the first row.
     with pytest.raises(JaxherdError, match="no text states of width 7"):
         build(folder, text_dim=7)
