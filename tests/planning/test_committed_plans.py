@@ -88,6 +88,7 @@ def cheap(uncached):
     return plan_stage(experiment, experiment.stages[0], parse_target("v5e:2x2"))
 
 
+@pytest.mark.slow
 def test_the_small_flow_compiles_to_what_is_committed(uncached):
     """The laptop's velocity network in whole: coupling's metrics, conditioner, halves and skips."""
     experiment = catalog.load("melodyflow/text_to_music", "cpu")
