@@ -104,6 +104,8 @@ def edit(
         on: cpu, gpu or tpu.
     """
     _check_out(out, plot)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise JaxherdError(f"--out {out} is the recording itself: name another file.")
     from jaxherd.methods.flow_sampling import check_guidance
     from jaxherd.methods.latent_inversion import inversion
 

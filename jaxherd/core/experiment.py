@@ -122,10 +122,18 @@ class Experiment:
         Raises:
           JaxherdError: a name that does not exist, answered with the nearest one, or a wrong value.
         """
-        experiment = self
-        for text in assignments:
-            path, value = overrides.parse_assignment(text)
-            experiment = experiment._with_override(path, value)
+        experiment, waiting = self, [overrides.parse_assignment(text) for text in assignments]
+        while waiting:
+            # A value may be wrong only as long as a later one is not set: it is tried again then.
+            refused: list[tuple[tuple[tuple[str, ...], str], JaxherdError]] = []
+            for path, value in waiting:
+                try:
+                    experiment = experiment._with_override(path, value)
+                except JaxherdError as error:
+                    refused.append(((path, value), error))
+            if len(refused) == len(waiting):
+                raise refused[0][1]
+            waiting = [assignment for assignment, _ in refused]
         return experiment
 
     def _with_override(self, path: tuple[str, ...], value: str) -> "Experiment":

@@ -139,7 +139,8 @@ class SampleMusic:
     def run(self, context: StageContext) -> Mapping[str, Any]:
         """Sample one batch, decode and write the first clips; returns what is known of them."""
         folder = context.artifacts[self.flow].parent
-        places = {part: str(context.artifacts[getattr(self, part)]) for part in _PARTS}
+        # Absolute, since they are looked up from the run's folder.
+        places = {part: str(context.artifacts[getattr(self, part)].resolve()) for part in _PARTS}
         music = load_music(folder, **places)
         prompts = self.prompts or music.labels
         if not prompts:

@@ -53,6 +53,12 @@ def test_edit_keeps_the_length(model, song, tmp_path, method, capsys):
     assert "of the inverted noise" in capsys.readouterr().out
 
 
+def test_edit_does_not_overwrite_its_source(model, song):
+    before = Path(song).read_bytes()
+    line = ["music", "edit", model, song, "--prompt", "orchestral", "--out", song]
+    assert main(line) == 2 and Path(song).read_bytes() == before
+
+
 def test_encode_and_decode_are_the_codec(model, song, tmp_path):
     latents, out = tmp_path / "song.npz", tmp_path / "back.wav"
     assert main(["music", "encode", model, song, "--out", str(latents)]) == 0

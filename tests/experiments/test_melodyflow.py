@@ -8,6 +8,7 @@ import jax.extend.core as jex
 import pytest
 
 from jaxherd.core import catalog
+from jaxherd.core.errors import JaxherdError
 from jaxherd.core.runner import run_experiment
 
 
@@ -78,3 +79,14 @@ def test_codec_and_discriminator_learn_on_real_music(tmp_path):
     early, late = (r for r in records if r["kind"] == "eval")
     for name in ("mel", "stft", "mel_distance"):
         assert late[f"heldout/{name}"] < early[f"heldout/{name}"]
+
+
+def test_overrides_that_only_fit_together_may_come_in_any_order():
+    both = ["flow.data.batch_size=32", "flow.data.coupling_group=32"]
+    for order in (both, both[::-1]):
+        data = (
+            catalog.load("melodyflow/text_to_music", "cpu").with_overrides(order).stage("flow").data
+        )
+        assert (data.batch_size, data.coupling_group) == (32, 32)
+    with pytest.raises(JaxherdError, match="does not divide"):
+        catalog.load("melodyflow/text_to_music", "cpu").with_overrides(both[:1])

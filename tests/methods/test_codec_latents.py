@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -91,9 +92,11 @@ def run(music, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("run"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXHERD_CACHE", str(folder / "cache"))
+        # As `jaxherd run` has it: the folder is relative to where one stands.
+        patch.chdir(folder.parent)
         experiment = Experiment("tests/music", "cpu", "cpu", stages)
         summary = run_experiment(
-            experiment, folder, target="cpu", devices=tuple(jax.devices()[:1]), quiet=True,
+            experiment, Path(folder.name), target="cpu", devices=tuple(jax.devices()[:1]), quiet=True,
             say=said.append,
         )  # fmt: skip
     (folder / "said.json").write_text(json.dumps(said))

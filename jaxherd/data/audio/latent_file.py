@@ -82,7 +82,11 @@ def read_latent_file(path: pathlib.Path) -> LatentFile:
       JaxherdError: no such file, a damaged one, or something else in it.
     """
     where = repr(str(path))
+    if not path.is_file():
+        raise JaxherdError(f"there is no file {where}.")
     try:
+        if not zipfile.is_zipfile(path):
+            raise TypeError("it is no .npz file, or was cut off")
         data = np.load(path, allow_pickle=False)
         if isinstance(data, np.ndarray):
             raise TypeError("it is one array, not an .npz file")

@@ -7,7 +7,9 @@ import pytest
 import soundfile
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.data.audio import files
 from jaxherd.data.audio.files import (
+    AudioInfo,
     audio_blocks,
     audio_info,
     read_audio,
@@ -150,6 +152,19 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
             part.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
             with pytest.raises(JaxherdError, match=told):
                 read_audio(part)
+
+
+def test_positions_of_a_whole_ogg_may_run_ahead(tmp_path):
+    """A recording that players play to its end: its pages count a little more than they hold."""
+    wave = np.random.default_rng(0).normal(size=(80_000, 1)).astype(np.float32) / 8
+    for suffix, ahead in ((".ogg", 0.13), (".flac", 0.05)):
+        path = write_audio(tmp_path / f"a{suffix}", wave, 8000)
+        claim = AudioInfo(8000, 80_000 + int(ahead * 8000), 1)
+        assert sum(len(piece) for piece, _ in files._decoded(path, claim, 4096)) == 80_000
+    for suffix, ahead in ((".ogg", 1.1), (".flac", 0.13)):
+        claim = AudioInfo(8000, 80_000 + int(ahead * 8000), 1)
+        with pytest.raises(JaxherdError, match="ends after 10.0 s"):
+            list(files._decoded(tmp_path / f"a{suffix}", claim, 4096))
 
 
 def test_an_mp3_that_is_cut_off_is_told(tmp_path):
