@@ -304,7 +304,7 @@ def test_more_than_the_model_was_trained_on_is_noted(model, tmp_path, capsys):
             ("edit", "nothing", "none.wav", "--prompt", "m", "--out", "x.wav", "--cfg", "inf"),
             "cfg_coef=inf",
         ),
-        (("decode", "MODEL", "none.npz", "--out", "x.wav"), "holds no latents"),
+        (("decode", "MODEL", "none.npz", "--out", "x.wav"), "there is no file"),
         (("encode", "MODEL", "none.wav", "--out", "x.txt"), "name a .npz"),
     ],
 )
