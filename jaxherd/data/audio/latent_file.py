@@ -87,10 +87,7 @@ def read_latent_file(path: pathlib.Path) -> LatentFile:
     try:
         if not zipfile.is_zipfile(path):
             raise TypeError("it is no .npz file, or was cut off")
-        data = np.load(path, allow_pickle=False)
-        if isinstance(data, np.ndarray):
-            raise TypeError("it is one array, not an .npz file")
-        with data:
+        with np.load(path, allow_pickle=False) as data:
             found, words = data["latents"], {name: data[name] for name in data if name != "latents"}
         several = [name for name, value in words.items() if value.ndim]
         if several:
