@@ -123,11 +123,10 @@ def table_row(name: str, plan: Plan) -> str:
         plan: what the file holds.
     """
     shown = ["-"] * 3
-    seconds = plan.estimated_step_seconds
-    if plan.fits and seconds is not None:
-        digits = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    if plan.fits:
         shares = (plan.exposed_collective_share, plan.non_matmul_share)
-        shown = [digits, *("-" if share is None else f"{share:.0%}" for share in shares)]
+        step = duration(plan.estimated_step_seconds)
+        shown = [step, *("-" if share is None else f"{share:.0%}" for share in shares)]
     cells = (
         f"[`{name}`](plans/{name}.json)",
         str(plan.chips),
