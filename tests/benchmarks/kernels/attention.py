@@ -1,4 +1,4 @@
-"""attention beside jax's splash attention and flash attention, forward and backward.
+"""attention beside the splash attentions of jax and tokamax and jax's flash attention, with gradients.
 
 Shape: T,N,K,H,size; 8192,40,8,128,0 (a full layer of Llama 4 in training) by default; a size is a
 chunk.  See compare.py.  Here "rows" is how many block pairs are visited for each that is needed, by
@@ -9,6 +9,7 @@ multiplications: two visits of a block of 1,024 x 1,024 scores with heads of 128
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def case(what, T, N, K, H, size, packed=False, backward=False):
     if what == "flash":
         shapes[1] = shapes[2] = shapes[0]
     call = functools.partial(
-        {"ours": _ours, "splash": _splash, "flash": _flash}[what], size, packed
+        {"ours": _ours, "splash": _splash, "flash": _flash, "tokamax": _tokamax}[what], size, packed
     )
     if not backward:
         return call, shapes
@@ -66,6 +67,26 @@ def _splash(size, packed, q, k, v, positions, segments):
         head_shards=1, q_seq_shards=1,
     )  # fmt: skip
     ids = splash.SegmentIds(segments, segments) if packed else None
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
+
+
+def _tokamax(size, packed, q, k, v, positions, segments):
+    from tokamax._src.ops.experimental.tpu.splash_attention import base
+    from tokamax._src.ops.experimental.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+
+    T = q.shape[1]
+    rule = masks.ChunkedCausalMask((T, T), size) if size else masks.CausalMask((T, T))
+    block = min(BLOCK, T)
+    config = splash.SplashConfig(
+        block_q=block, block_kv=block, block_kv_compute=512, block_q_dkv=block,
+        block_kv_dkv=block, block_kv_dkv_compute=512, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(rule, config=config, q_seq_shards=1)
+    ids = base.SegmentIds(segments, segments) if packed else None
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 
@@ -116,6 +137,8 @@ def entries(shape, chip):
         line("ours, packed", "ours", ("fwd",), packed_needed, packed_needed, 2, packed=True),
         line("splash, packed", "splash", ("fwd",), needed, packed_needed, 2, packed=True),
     ]
+    if tokamax := importlib.util.find_spec("tokamax") is not None:
+        found.append(line("tokamax splash, one document", "tokamax", ("fwd",), needed, needed, 2))
     if not size:
         # Its default blocks: 128 x 128.
         found.append(line("flash attention", "flash", ("flash",), every, needed, 2, block=1 / 64))
@@ -124,4 +147,7 @@ def entries(shape, chip):
         line("splash, one document: gradients", "splash", ("dkv",), needed, needed, 5,
              backward=True),
     ]  # fmt: skip
+    if tokamax:
+        found.append(line("tokamax splash, one document: gradients", "tokamax", ("dkv",), needed,
+                          needed, 5, backward=True))  # fmt: skip
     return found

@@ -4,15 +4,18 @@ Shape: M,K,N,G; 8192,5120,8192,16 (Scout's experts in training) by default.  See
 """
 
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 
 from jaxherd.kernels import QuantizedMatrix
 from jaxherd.kernels.grouped_matmul import pallas_tpu
 from jaxherd.kernels.grouped_matmul.schedule import most_visits
 from jaxherd.kernels.grouped_matmul.tiles import gradient_tiles, limits_of
+from jaxherd.planning import mosaic
 
 DEFAULT = (8192, 5120, 8192, 16)
 _BYTES = {"int8": 1.0, "packed_int4": 0.5, "int4": 0.5, "float8_e4m3fn": 1.0}
@@ -81,11 +84,39 @@ def case(what, M, K, N, G, chip, code=None, group=None):
         return two, [x, sizes, score, y, y]
     if what == "ragged_dot":
         return (lambda x, s, w: jax.lax.ragged_dot(x, w, s)), [x, sizes, y]
-    if what == "tokamax":
-        import tokamax
-
-        return (lambda x, s, w: tokamax.ragged_dot(x, w, s, implementation="mosaic")), [x, sizes, y]
+    if what.startswith("tokamax"):
+        return _on(chip, _tokamax(what, tiling, M, K, N)), {
+            "tokamax gmm": [x, sizes, y],
+            "tokamax gmm dx": [dy, sizes, y],
+            "tokamax tgmm": [x, dy, sizes],
+        }[what]
     raise ValueError(what)
+
+
+def _on(chip, function):
+    """Return it traced as if the chip were the default device: tokamax asks which one that is."""
+
+    def traced(*arguments):
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=mosaic.TOPOLOGIES[chip]
+        ).devices
+        with jax.default_device(devices[0]):
+            return function(*arguments)
+
+    return traced
+
+
+def _tokamax(what, tiling, M, K, N):
+    """Return its kernels under megablox's tiles; its public function asks for a TPU at hand."""
+    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as kernels
+
+    precision, half = jax.lax.DotAlgorithmPreset.BF16_BF16_F32, jnp.bfloat16
+    if what == "tokamax gmm":
+        return lambda x, s, w: kernels.gmm(x, w, s, precision, half, tiling)
+    if what == "tokamax gmm dx":
+        tiling = megablox_tiling(M, N, K)
+        return lambda dy, s, w: kernels.gmm(dy, w, s, precision, half, tiling, transpose_rhs=True)
+    return lambda x, dy, s: kernels.tgmm(x.swapaxes(0, 1), dy, s, precision, half, tiling)
 
 
 def megablox_tiling(M, K, N):
@@ -152,32 +183,41 @@ def entries(shape, chip):
         moved += count * M * columns * 2 + extra
         floor = (M * inner + M * columns + count * touched * inner * columns) * 2
         arguments = {"what": what, **common}
-        return Entry(label, arguments, ("gmm",), (a * b * c,) * count, macs * count, moved, floor,
-                     _passes(sizes, a) * a / M)  # fmt: skip
+        return Entry(label, arguments, ("gmm", "ragged"), (a * b * c,) * count, macs * count,
+                     moved, floor, _passes(sizes, a) * a / M)  # fmt: skip
+
+    def dw_theirs(what, label):
+        moved = 2 * (up(N, n) * M * K + up(K, k) * M * N) + dw_bytes
+        return Entry(label, {"what": what, **common}, ("gmm", "ragged"), (m * k * n,), macs, moved,
+                     dw_floor, _passes(sizes, m) * m / M)  # fmt: skip
+
+    public = importlib.util.find_spec("tokamax") is not None
+    if not public:
+        print("tokamax is not installed: no lines for it.", file=sys.stderr)
 
     found = [
         ours("ours", "ours: x w"),
         theirs("megablox gmm", "megablox gmm"),
+        *([theirs("tokamax gmm", "tokamax gmm")] if public else []),
         Entry("jax.lax.ragged_dot", {"what": "ragged_dot", **common}, ("ragged",), (), macs, 0, 1),
     ]  # fmt: skip
-    if importlib.util.find_spec("tokamax"):
-        found.append(
-            Entry("tokamax.ragged_dot", {"what": "tokamax", **common}, ("",), (), macs, 0, 1)
-        )
-    else:
-        print("tokamax is not installed: no line for it.")
     g = gradient_tiles(M, K, N, limits)
     dw_bytes = 2 * touched * K * N
     dw_floor = (M * K + M * N) * 2 + dw_bytes
     found += [
         ours("ours dx", "ours: dx = dy w^T", inner=N, columns=K, transposed=True),
         theirs("megablox gmm dx", "megablox gmm, transposed", inner=N, columns=K),
+        *(
+            [theirs("tokamax gmm dx", "tokamax gmm, transposed", inner=N, columns=K)]
+            if public
+            else []
+        ),
         Entry("ours: dw", {"what": "ours dw", **common}, ("grouped",),
               (g.row_chunk * g.inner * g.columns,), macs,
               2 * (up(N, g.columns) * M * K + up(K, g.inner) * M * N) + dw_bytes, dw_floor,
               _passes(sizes, g.row_chunk) * g.row_chunk / M),
-        Entry("megablox tgmm", {"what": "megablox tgmm", **common}, ("gmm",), (m * k * n,), macs,
-              2 * (up(N, n) * M * K + up(K, k) * M * N) + dw_bytes, dw_floor, _passes(sizes, m) * m / M),
+        dw_theirs("megablox tgmm", "megablox tgmm"),
+        *([dw_theirs("tokamax tgmm", "tokamax tgmm")] if public else []),
         ours("ours swiglu", "ours: swiglu, score inside", matrices=2),
         # The score writes and reads x, the activation reads two results and writes one.
         theirs("megablox swiglu", "2 megablox gmm + elementwise", count=2,
