@@ -127,7 +127,6 @@ class _Round:
         self._counts_PP = taken_PPe[..., -1]
         self._from_PP = jnp.cumsum(counts_PP, axis=1) - counts_PP + number * quota
         self._to_PP = jnp.cumsum(self._counts_PP, axis=0) - self._counts_PP
-        self._order_C, self._back_C = _regroup(self._sizes_Pe, self._capacity)
 
     def dispatch(self, rows_RD):
         """Return [C, D]: what arrives here, in order of sender; the tail holds anything."""
@@ -150,19 +149,33 @@ class _Round:
 
     def local(self, compute, arrived_CD, weights):
         """Return the experts' results for the rows that arrived, in their order."""
-        sorted_CD = permute(arrived_CD, self._order_C, self._back_C)
-        computed_CD = compute(sorted_CD, self._sizes_Pe.sum(axis=0), weights)
-        return permute(computed_CD, self._back_C, self._order_C)
+        sizes_e = self._sizes_Pe.sum(axis=0)
+        if len(sizes_e) == 1:  # the rows of one expert are in order as they come
+            return compute(arrived_CD, sizes_e, weights)
+        order_C, back_C = _regroup(self._sizes_Pe, self._capacity)
+        computed_CD = compute(permute(arrived_CD, order_C, back_C), sizes_e, weights)
+        return permute(computed_CD, back_C, order_C)
 
 
 def _regroup(sizes_Pe, capacity: int):
-    """Return the order (sender, expert) -> (expert, sender) of received rows, and its inverse."""
-    senders, experts = sizes_Pe.shape
-    ends = jnp.cumsum(sizes_Pe.reshape(-1))
-    block_C = jnp.searchsorted(ends, jnp.arange(capacity), side="right")
-    expert_C = jnp.where(block_C < senders * experts, block_C % experts, experts)
-    order_C = jnp.argsort(expert_C, stable=True)
-    return order_C, jnp.argsort(order_C)
+    """Return the order (sender, expert) -> (expert, sender) of received rows, and its inverse.
+
+    Runs move as wholes: a row's new place is its old one and what its run moved.  The tail stays.
+    """
+    ends_Pe = jnp.cumsum(sizes_Pe.reshape(-1)).reshape(sizes_Pe.shape)
+    ends_eP = jnp.cumsum(sizes_Pe.T.reshape(-1)).reshape(sizes_Pe.shape[::-1])
+    moved_Pe = ends_eP.T - ends_Pe
+    return (
+        _shifted(ends_eP.reshape(-1), -moved_Pe.T.reshape(-1), capacity),
+        _shifted(ends_Pe.reshape(-1), moved_Pe.reshape(-1), capacity),
+    )
+
+
+def _shifted(ends, shifts, capacity: int):
+    """Return each place plus the shift of the run that it is in; places after the last have none."""
+    place = jnp.arange(capacity, dtype=ends.dtype)
+    run = jnp.searchsorted(ends, place, side="right", method="compare_all")
+    return place + jnp.append(shifts, 0)[run]
 
 
 def _send(rows, out, from_PP, counts_PP, to_PP, here, axis: str):

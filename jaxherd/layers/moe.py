@@ -19,7 +19,7 @@ from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.linear import normal
-from jaxherd.layers.permute import permute
+from jaxherd.layers.permute import by_group, permute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MoeConfig:
     scale: Literal["input", "output"] = "input"
     renormalize: bool = False
     selection_bias: bool = False
-    exchange_balance: float = 2.0
+    exchange_balance: float = 1.75
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.num_experts:
@@ -190,10 +190,11 @@ def route(logits_BTE, config: MoeConfig, bias_E=None):
     scores = (
         jax.nn.sigmoid(logits32) if config.score == "sigmoid" else jax.nn.softmax(logits32, axis=-1)
     )
-    if bias_E is None:
-        _, chosen_BTk = jax.lax.top_k(logits32, config.top_k)
+    ranked = logits32 if bias_E is None else scores + jax.lax.stop_gradient(bias_E)
+    if config.top_k == 1:  # the same, ties included, without a sort
+        chosen_BTk = jnp.argmax(ranked, axis=-1, keepdims=True)
     else:
-        _, chosen_BTk = jax.lax.top_k(scores + jax.lax.stop_gradient(bias_E), config.top_k)
+        _, chosen_BTk = jax.lax.top_k(ranked, config.top_k)
     gates_BTk = jnp.take_along_axis(scores, chosen_BTk, axis=-1)
     if config.renormalize:
         gates_BTk = gates_BTk / gates_BTk.sum(axis=-1, keepdims=True)
@@ -230,11 +231,9 @@ def _experts_of_device(
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
     expert_R = rearrange(chosen_BTk, "B T k -> (B T k)")
     gate_R1 = rearrange(gates_BTk, "B T k -> (B T k) 1")
-    order_R = jnp.argsort(expert_R, stable=True)
-    back_R = jnp.argsort(order_R)
+    order_R, back_R, sizes_E = by_group(expert_R, config.num_experts)
     rows_RD = permute(jnp.repeat(x_ND, config.top_k, axis=0), order_R, back_R)
     sorted_gate_R1 = permute(gate_R1, order_R, back_R)
-    sizes_E = jnp.bincount(expert_R, length=config.num_experts).astype(jnp.int32)
 
     compute = functools.partial(_swiglu_experts, implementation)
     weights = (gate_EDF, up_EDF, down_EFD)

@@ -1,4 +1,7 @@
-"""Reorder rows.  The gradient is a gather too, where that of a plain gather is a slow scatter."""
+"""Reorder rows.  The gradient is a gather too, where that of a plain gather is a slow scatter.
+
+Axis letters: R rows, D width, G groups.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +23,27 @@ def _backward(saved, gradient_RD):
 
 
 permute.defvjp(_forward, _backward)
+
+
+def by_group(group_R: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the stable order of rows by group, its inverse, and the rows of each group [G].
+
+    A row's place is the start of its group and how many of it came before, so that only the order
+    itself is sorted, and as single integers: the TPU compiler makes of each sort of pairs several
+    times the code (of Scout's step, a third of all).
+
+    Args:
+      group_R: int32, in [0, groups).
+      groups: G; G R must be below 2^31.
+    """
+    rows = group_R.shape[0]
+    if groups * rows >= 1 << 31:
+        raise ValueError(f"{groups} groups of {rows} rows do not fit 32-bit keys")
+    index_R = jnp.arange(rows, dtype=jnp.int32)
+    order_R = jnp.sort(group_R.astype(jnp.int32) * rows + index_R, stable=False) % rows
+    member_RG = jax.nn.one_hot(group_R, groups, dtype=jnp.int32)
+    count_RG = jnp.cumsum(member_RG, axis=0)
+    sizes_G = count_RG[-1]
+    before_G = jnp.cumsum(sizes_G) - sizes_G
+    inverse_R = (member_RG * (count_RG - 1 + before_G)).sum(axis=1)
+    return order_R, inverse_R, sizes_G
