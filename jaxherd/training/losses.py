@@ -3,9 +3,8 @@
 Axis letters: B batch, T tokens, D width, V vocabulary, n chunks.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxherd.core import sharding
+from jaxherd.training.positions import CHUNK_BYTES, WHOLE, Parts, chunk_count, strided
 
-# A chunk's float32 logits take at most this many bytes on one device.
-CHUNK_BYTES = 1 << 28
-# What divides the columns of an array that the TPU compiler scatters instead of summing whole.
-_LANES = 256
 # Finite, so that nothing becomes NaN; its exponential is zero.
 _NEVER = -1e30
 
@@ -87,7 +83,7 @@ def chunked_cross_entropy(
         every device.
     """
 
-    def local(head, hidden, targets, weights, parts=_WHOLE):
+    def local(head, hidden, targets, weights, parts=WHOLE):
         return _chunked(
             score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights
         )
@@ -111,7 +107,7 @@ def chunked_cross_entropy(
     specs = [whole] * len(leaves)
     if head_axes is not None:
         specs = [partitioner.spec(names) for names in tree.flatten_up_to(head_axes)]
-    parts = _Parts.of(head, specs)
+    parts = Parts.of(head, specs)
 
     def on_device(head, hidden, targets, weights):
         return jax.lax.psum(local(head, hidden, targets, weights, parts), axes)
@@ -126,70 +122,10 @@ def chunked_cross_entropy(
     return tuple(sums)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """How the leaves of a tree are split over the mesh, inside `shard_map`.
-
-    Arrays move axis by axis and with padded columns: over several axes at once, or with a
-    vocabulary such as Llama 4's, the TPU compiler sums arrays whole instead of scattering them.
-    """
-
-    specs: tuple[jax.sharding.PartitionSpec, ...] = ()
-    columns: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, tree: Any, specs: Sequence[jax.sharding.PartitionSpec]) -> "_Parts":
-        """Return the parts of a tree whose leaves are split so."""
-        widths = tuple(leaf.shape[-1] if leaf.ndim else 1 for leaf in jax.tree.leaves(tree))
-        return cls(tuple(specs), widths)
-
-    def gather(self, tree: Any) -> Any:
-        """Return the tree of whole arrays; an array that is split before its columns is padded."""
-
-        def one(x, split, outer):
-            if outer:
-                x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
-            for dimension, axes in split:
-                for axis in reversed(axes):
-                    x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
-            return x
-
-        return self._each(lambda x, split, outer, _: one(x, split, outer), tree)
-
-    def scatter(self, tree: Any) -> Any:
-        """Return this device's parts of the sum of trees as `gather` gives them."""
-
-        def one(x, split, outer, columns):
-            for dimension, axes in split:
-                for axis in axes:
-                    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
-            return x[..., :columns] if outer else x
-
-        return self._each(one, tree)
-
-    def _each(self, move: Callable, tree: Any) -> Any:
-        if not self.specs:
-            return tree
-        leaves, structure = jax.tree.flatten(tree)
-        moved = []
-        for leaf, spec, columns in zip(leaves, self.specs, self.columns):
-            split = [
-                (d, (axes,) if isinstance(axes, str) else axes)
-                for d, axes in enumerate(spec)
-                if axes
-            ]
-            outer = bool(split) and split[-1][0] < leaf.ndim - 1 and columns > _LANES
-            moved.append(move(leaf, split, outer, columns))
-        return structure.unflatten(moved)
-
-
-_WHOLE = _Parts()
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _chunked(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights):
     """Return [loss, -log p, weight] summed over all positions given."""
-    chunks = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+    chunks = strided(vocab_size * 4, chunk_bytes, hidden, targets, weights)
     head = parts.gather(head)
 
     def body(total, chunk):
@@ -208,25 +144,16 @@ def _sums(score, z_loss, vocab_size, head, hidden, targets, weights):
     return jnp.stack([total + z_loss * (weights * log_z**2).sum(), total, weights.sum()])
 
 
-def _strided(vocab_size, chunk_bytes, *arrays):
-    """Cut [B, T, ...] to [n, B, T / n, ...]; chunk j holds positions j, j + n, ..."""
-    batch, length = arrays[0].shape[:2]
-    chunks = _chunks(batch * length * vocab_size * 4, length, chunk_bytes)
-    return tuple(
-        jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *x.shape[2:]), 2, 0) for x in arrays
-    )
-
-
 def _chunked_forward(score, z_loss, vocab_size, chunk_bytes, parts, head, hidden, targets, weights):
     batch, length = targets.shape
     head = parts.gather(head)
-    if _chunks(batch * length * vocab_size * 4, length, chunk_bytes) == 1:
+    if chunk_count(batch * length * vocab_size * 4, length, chunk_bytes) == 1:
         # Everything fits: keep what the gradient needs instead of forming logits again.
         sums, pull = jax.vjp(
             lambda o, h: _sums(score, z_loss, vocab_size, o, h, targets, weights), head, hidden
         )
         return sums, pull
-    sums = _chunked(score, z_loss, vocab_size, chunk_bytes, _WHOLE, head, hidden, targets, weights)
+    sums = _chunked(score, z_loss, vocab_size, chunk_bytes, WHOLE, head, hidden, targets, weights)
     return sums, (head, hidden, targets, weights)
 
 
@@ -235,7 +162,7 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_su
         d_head, d_hidden = saved(d_sums)
         return parts.scatter(d_head), d_hidden, None, None
     head, hidden, targets, weights = saved
-    chunks = _strided(vocab_size, chunk_bytes, hidden, targets, weights)
+    chunks = strided(vocab_size * 4, chunk_bytes, hidden, targets, weights)
 
     def body(total, chunk):
         part, *rest = chunk
@@ -250,12 +177,3 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_su
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _chunks(total_bytes: int, length: int, chunk_bytes: int) -> int:
-    """Return the smallest divisor of the length that brings a chunk below its size."""
-    wanted = max(1, -(-total_bytes // chunk_bytes))
-    for chunks in range(wanted, length + 1):
-        if length % chunks == 0:
-            return chunks
-    return length

@@ -1,7 +1,8 @@
 """Objectives: what a step minimises.  `objective(model, batch, key, *, frozen)`.
 
 An objective is a frozen dataclass that maps (model, batch, key) to (mean loss, metrics).  The mean
-is taken over the weight of `metrics["loss"]`; the trainer weighs microbatches with it.  An
+is taken over the weight of `metrics["loss"]`; the trainer weighs microbatches with it.  One with a
+true attribute `uses_progress` is also given `progress`, the share of the steps that is done.  An
 objective may define `update_buffers(buffers, metrics)`, which runs once after each optimiser step.
 A metric called `buffers/<path>` is the new value of that buffer after a training step, for layers
 that learn by averages; it is not reported.

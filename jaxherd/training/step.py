@@ -123,7 +123,7 @@ class Program:
           compiler_options: of XLA.
         """
         self.model_config, self.objective, self.partitioner = model, objective, partitioner
-        self.config, self.guards = config, guards
+        self.config, self.guards, self.total_steps = config, guards, total_steps
         self.batch_shardings = dict(batch_shardings)
         self.definition, params, buffers = split(abstract(self._build, jax.random.key(0)))
         self.definition: Definition
@@ -248,7 +248,7 @@ class Program:
         """Return the model with the averaged parameters, or the current ones where none are kept."""
         return self.definition.merge(_used(state), state.buffers)
 
-    def _loss(self, params, buffers, batch, key, frozen, objective):
+    def _loss(self, params, buffers, batch, key, frozen, objective, step):
         params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
         model = self.definition.merge(params, buffers)
         given = None
@@ -258,6 +258,9 @@ class Program:
                 name: definition.merge(*frozen[name])
                 for name, definition in self._frozen_definitions.items()
             }
+        if getattr(objective, "uses_progress", False):
+            progress = step / self.total_steps
+            return objective(model, batch, key, frozen=given, progress=progress)
         return objective(model, batch, key, frozen=given)
 
     def _step(self, state: TrainState, batch, frozen):
@@ -267,7 +270,7 @@ class Program:
             for phase in self.phases:
                 owned, rest = phase.take(params)
                 gradients, found = self._gradients(
-                    phase, owned, rest, state.buffers, batch, key, frozen
+                    phase, owned, rest, state.buffers, batch, key, frozen, state.step
                 )
                 sums = self._merged(sums, found, phase)
                 norms.append(optax.global_norm(gradients))
@@ -327,12 +330,12 @@ class Program:
             params,
         )
 
-    def _gradients(self, phase: Phase, owned, rest, buffers, batch, key, frozen):
+    def _gradients(self, phase: Phase, owned, rest, buffers, batch, key, frozen, step):
         """Return the gradient of a phase over all microbatches together, and the metric sums."""
 
         def loss(owned, batch, key):
             params = phase.put(owned, rest)
-            return self._loss(params, buffers, batch, key, frozen, phase.objective)
+            return self._loss(params, buffers, batch, key, frozen, phase.objective, step)
 
         differentiate = jax.value_and_grad(loss, has_aux=True)
         parts = self.config.accumulate
@@ -376,9 +379,9 @@ class Program:
             def run(state, batch, frozen):
                 with self.partitioner.activate():
                     key = jax.random.wrap_key_data(state.key)
-                    found = self._loss(_used(state), state.buffers, batch, key, frozen, objective)[
-                        1
-                    ]
+                    _, found = self._loss(
+                        _used(state), state.buffers, batch, key, frozen, objective, state.step
+                    )
                     return metrics_lib.taken(state.buffers, found)[1]
 
             self._evaluations[objective] = jax.jit(
