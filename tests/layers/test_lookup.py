@@ -60,3 +60,18 @@ def test_only_activations_travel(devices):
     assert "all-to-all" in text
     # Sums over groups of one device move nothing.
     assert not re.search(r"all-reduce\(.*replica_groups=\{\{\d+,", text)
+
+
+def test_a_frequent_token_does_not_stop_growing(devices):
+    """A thousand equal rows of ones add up, in bfloat16 too, where 256 + 1 is 256."""
+    partitioner = Partitioner.create(LAYOUTS["fsdp"], devices)
+    table = jnp.zeros((4, 16), jnp.bfloat16)
+    tokens = jnp.zeros((8, 128), jnp.int32)
+
+    @jax.jit
+    def gradient(table):
+        with partitioner.activate():
+            return jax.grad(lambda t: lookup(t, tokens).astype(jnp.float32).sum())(table)
+
+    placed = jax.device_put(table, partitioner.sharding(("vocab", "embed")))
+    np.testing.assert_array_equal(np.asarray(gradient(placed), np.float32)[0], 1024.0)
