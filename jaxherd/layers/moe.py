@@ -51,7 +51,7 @@ class MoeConfig:
     scale: Literal["input", "output"] = "input"
     renormalize: bool = False
     selection_bias: bool = False
-    exchange_balance: float = 1.75
+    exchange_balance: float = 2.0
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.num_experts:

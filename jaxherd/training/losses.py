@@ -70,7 +70,7 @@ def chunked_cross_entropy(
     Logits are formed for a part of the positions at a time and formed again for the gradient, so
     that [B, T, V] never exists; where one chunk is enough they are kept.  On a mesh every device
     goes through its own positions with the head gathered once; its gradient is summed in float32
-    over the chunks and scattered once, each device receiving its own part of the sum.
+    over the chunks and then scattered once in the head's dtype, each device receiving its own part.
 
     Args:
       score: maps (head, hidden states) to float32 logits.
@@ -172,7 +172,8 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_su
 
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
     total, d_parts = jax.lax.scan(body, start, chunks)
-    d_head = jax.tree.map(lambda t, x: t.astype(x.dtype), parts.scatter(total), head)
+    # As all other gradients it travels in the dtype that the step computes in.
+    d_head = parts.scatter(jax.tree.map(lambda t, x: t.astype(x.dtype), total, head))
     return d_head, jnp.moveaxis(d_parts, 0, 2).reshape(hidden.shape), None, None
 
 

@@ -96,13 +96,20 @@ class Optimizer:
         if not self.eps >= 0 or not self.weight_decay >= 0:
             raise JaxherdError("optimizer.eps and optimizer.weight_decay must not be negative.")
 
-    def build(self, total_steps: int, axes: Tree) -> optax.GradientTransformation:
+    def build(
+        self, total_steps: int, axes: Tree, rates: Tree | None = None
+    ) -> optax.GradientTransformation:
         """Return the optax transformation.
 
         Args:
           total_steps: of the run, for the schedule.
           axes: logical axes of the parameters, for the mask of the weight decay.
+          rates: multiply the update of each parameter; one rate for all when None.
         """
+        core = self._build(total_steps, axes)
+        return core if rates is None else optax.chain(core, _scale_each(rates))
+
+    def _build(self, total_steps: int, axes: Tree) -> optax.GradientTransformation:
         rate = self.schedule.build(total_steps)
         mask = decay_mask(axes)
         if self.kind == "adamw":
@@ -143,6 +150,13 @@ class Optimizer:
         if self.clip is None:
             return core
         return optax.chain(optax.clip_by_global_norm(self.clip), core)
+
+
+def _scale_each(rates: Tree) -> optax.GradientTransformation:
+    def update(updates, params=None):
+        return jax.tree.map(lambda u, rate: u * rate, updates, rates)
+
+    return optax.stateless(update)
 
 
 def decay_mask(axes: Tree) -> Tree:

@@ -27,6 +27,7 @@ from jaxherd.training.loggers import LOGGERS, check_loggers, open_loggers, read_
 from jaxherd.training.optimizers import Optimizer
 from jaxherd.training.progress import Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
+from jaxherd.training.transfer import Transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,8 @@ class TrainStage:
         one) and buffers to start from; None draws fresh ones.
       evaluations, callbacks: run at "eval" moments.
       frozen: further models that the objective needs.
+      transfer: a smaller model for which the learning rate was found; rates and fresh parameters of
+        every matrix follow from how it grew (`jaxherd.training.transfer`).
 
     Data that is made from an earlier stage's artifacts says so by a true attribute
     `needs_artifacts`; its `build` is then also given `artifacts`, the folders of the stages that
@@ -170,6 +173,7 @@ class TrainStage:
     initial: str | None = None
     reads: tuple[str, ...] = ()
     frozen: tuple[FrozenModel, ...] = ()
+    transfer: Transfer | None = None
 
     def __post_init__(self):
         needed = [f.stage for f in self.frozen] + ([self.initial] if self.initial else [])
@@ -232,6 +236,7 @@ class TrainStage:
             guards=self.guards,
             batch_shardings=batch_shardings(spec, partitioner),
             frozen={f.name: f.model for f in self.frozen},
+            transfer=self.transfer,
             compiler_options=compiler_options,
         )
 

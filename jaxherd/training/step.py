@@ -23,6 +23,7 @@ from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.guards import Guards, GuardState
 from jaxherd.training.optimizers import Optimizer, state_shardings
 from jaxherd.training.phases import Phase, phases_of
+from jaxherd.training.transfer import Transfer, scaled
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +108,7 @@ class Program:
         guards: Guards = Guards(),
         batch_shardings: Mapping[str, Any],
         frozen: Mapping[str, Any] | None = None,
+        transfer: Transfer | None = None,
         compiler_options: Mapping[str, Any] | None = None,
     ):
         """Lay the program out.
@@ -120,6 +122,7 @@ class Program:
           config, guards: how a step is computed and when its update is left out.
           batch_shardings: of the fields of a training batch.
           frozen: configs of models that the objective is given and no step changes, by name.
+          transfer: the smaller model that learning rates and initial scales come from.
           compiler_options: of XLA.
         """
         self.model_config, self.objective, self.partitioner = model, objective, partitioner
@@ -131,8 +134,15 @@ class Program:
         param_axes, buffer_axes = self.definition.axes()
         self.schedule = optimizer.schedule.build(total_steps)
         self.phases = phases_of(objective, params)
+        rates, self._scales = None, None
+        if transfer is not None:
+            rates, self._scales = transfer.multipliers(params, param_axes)
         self._optimizers = {
-            phase.name: (phase.optimizer or optimizer).build(total_steps, phase.take(param_axes)[0])
+            phase.name: (phase.optimizer or optimizer).build(
+                total_steps,
+                phase.take(param_axes)[0],
+                None if rates is None else phase.take(rates)[0],
+            )
             for phase in self.phases
         }
         self._replicated = partitioner.replicated()
@@ -211,7 +221,10 @@ class Program:
     def _init(self, key: jax.Array, params: Tree | None, given: Tree | None = None) -> TrainState:
         init_key, run_key = jax.random.split(key)
         _, fresh, buffers = split(self._build(init_key))
-        params = fresh if params is None else cast_floating(params, self.config.param_dtype)
+        if params is None:
+            params = fresh if self._scales is None else scaled(fresh, self._scales)
+        else:
+            params = cast_floating(params, self.config.param_dtype)
         if given:
             buffers = unflatten({**flatten(buffers), **flatten(given)})
         return TrainState(
