@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
+from jaxherd.layers.attention import SequenceInfo
 from jaxherd.weights.load import load
 from jaxherd.weights.save import save
 
@@ -55,6 +57,46 @@ def check(module, golden) -> None:
 def test_tower_logits_and_gradients(vision_golden, name):
     folder, golden = vision_golden(name)
     check(load(folder), golden)
+
+
+def _of_grid(columns, rows):
+    """Return `SequenceInfo.of_grid` with other coordinates."""
+    right = SequenceInfo.of_grid
+
+    def wrong(config, given_columns, given_rows, batch):
+        return right(
+            config, columns(given_columns, given_rows), rows(given_columns, given_rows), batch
+        )
+
+    return wrong
+
+
+def zero_based(numbers):
+    return [max(n - 1, 0) for n in numbers]
+
+
+WRONG = {
+    "patches list pixels before colours": ("unfold", lambda x, side: rearrange(
+        x, "N (i y) (j x) C -> N (i j) (y x C)", y=side, x=side)),
+    "blocks go down before right": ("shuffle_patches", lambda x, block: rearrange(
+        x, "N (i y j x) D -> N (i j) (x y D)", i=4 // block, y=block, x=block, j=4 // block)),
+    "coordinates from 0": ("SequenceInfo.of_grid", _of_grid(
+        lambda c, r: zero_based(c), lambda c, r: zero_based(r))),
+    "row first": ("SequenceInfo.of_grid", _of_grid(lambda c, r: r, lambda c, r: c)),
+    "the class token turns": ("SequenceInfo.of_grid", _of_grid(
+        lambda c, r: [*c[:-1], 1], lambda c, r: [*r[:-1], 1])),
+    "gelu by tanh": ("jax.nn.gelu", lambda x, approximate: gelu(x, approximate=True)),
+}  # fmt: skip
+gelu = jax.nn.gelu
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_goldens_are_sensitive_to_what_they_should_catch(vision_golden, monkeypatch, what):
+    folder, golden = vision_golden("two_images_in_a_row")
+    name, replacement = WRONG[what]
+    monkeypatch.setattr(f"jaxherd.models.vision_tower.{name}", replacement)
+    features = jitted(lambda m, x: m.vision(x))(load(folder), jnp.asarray(golden["tiles"]))
+    assert np.abs(features - golden["features"]).max() > 2e-4
 
 
 @pytest.fixture(scope="session")
