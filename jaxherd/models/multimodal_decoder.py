@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxherd.core.errors import JaxherdError
@@ -38,7 +39,7 @@ from jaxherd.models.decoder import (
 )
 from jaxherd.models.vision_tower import VisionTower, VisionTowerConfig
 
-Tiles = Float[Array, "N Y X C"] | Float[Array, "B N Y X C"]
+Tiles = Float[Array, "*rows N Y X C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class MultimodalDecoderConfig(DecoderConfig):
 
     @classmethod
     def create(
-        cls, text: DecoderConfig, vision: VisionTowerConfig, **tokens: int
+        cls, text: DecoderConfig, vision: VisionTowerConfig, **tokens: Any
     ) -> "MultimodalDecoderConfig":
         """Return the config of a decoder with this tower; `tokens` are the three ids."""
         fields = {f.name: getattr(text, f.name) for f in dataclasses.fields(DecoderConfig)}
@@ -211,7 +212,7 @@ class MultimodalDecoder(Decoder):
           features: in place of images, for tokens that are a piece of a longer prompt.
         """
         if images is not None:
-            if not isinstance(tokens_BT, jax.core.Tracer):
+            if not isinstance(tokens_BT, Tracer):
                 self.config.check_images(tokens_BT, images)
             features = self.placed(tokens_BT, images, remat=remat)
         if features is not None:

@@ -253,9 +253,8 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(config, T5EncoderConfig):
         entries = _write_t5(config)
         return architecture_of(entries), entries
-    writers = _TEXT_WRITERS
-    if isinstance(config, MultimodalDecoderConfig):
-        writers = {"llama4": _write_llama4}
+    multimodal = isinstance(config, MultimodalDecoderConfig)
+    writers: _Writers = {"llama4": _write_llama4} if multimodal else _TEXT_WRITERS
     if not isinstance(config, DecoderConfig):
         raise JaxherdError(
             f"Hugging Face has no form for {type(config).__name__}: save it with format='jaxherd'."
@@ -404,7 +403,8 @@ def _write_llama4(config: MultimodalDecoderConfig) -> dict[str, Any] | None:
     return None if text is None else write_vision(config, text)
 
 
-_TEXT_WRITERS: dict[str, Callable[[Any], dict[str, Any] | None]] = {
+_Writers = dict[str, Callable[[Any], dict[str, Any] | None]]
+_TEXT_WRITERS: _Writers = {
     "llama": _write_llama,
     "mobilellm": _write_mobilellm,
     "llama4_text": _write_llama4_text,

@@ -42,7 +42,9 @@ def read_vision(config: Mapping[str, Any], text: DecoderConfig) -> MultimodalDec
       JaxherdError: a setting that the published code ignores or cannot run.
     """
     given = config["vision_config"]
-    sizes = {ours: _whole(given, name, default) for name, (ours, default) in _SIZES.items()}
+    sizes: dict[str, Any] = {
+        ours: _whole(given, name, default) for name, (ours, default) in _SIZES.items()
+    }
     ratio = float(given.get("pixel_shuffle_ratio", 0.5))
     block = round(1 / ratio) if ratio > 0 else 0
     if block < 1 or abs(block * ratio - 1) > 1e-6:
