@@ -26,6 +26,15 @@ def random_tiles(count: int, size: int, channels: int = 3) -> np.ndarray:
     return random.uniform(-1, 1, (count, size, size, channels)).astype(np.float32)
 
 
+def random_picture(height: int, width: int) -> np.ndarray:
+    """Return a picture [Y, X, 3] of bytes: waves with noise over them."""
+    random = np.random.RandomState(height * 1000 + width)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (3 + c) + y / (5 - c)) for c in range(3)]
+    picture = 128 + 80 * np.stack(waves, axis=-1) + 20 * random.normal(size=(height, width, 3))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
 def placeholder_tokens(
     images: list[list[int]], features: int, length: int, vocab_size: int
 ) -> np.ndarray:
