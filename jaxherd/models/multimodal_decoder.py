@@ -90,6 +90,17 @@ class MultimodalDecoderConfig(DecoderConfig):
         """Return FLOPs of one training step: forward, and twice that for the gradient."""
         return 3.0 * self.forward_flops(batch, length, tiles)
 
+    def check_tiles(self, images: Any, dimensions: tuple[int, ...] = (4, 5)) -> None:
+        """Raise a JaxherdError unless `images` are tiles of this model, in so many dimensions."""
+        side, colours = self.vision.image_size, self.vision.channels
+        shape, kind = getattr(images, "shape", ()), getattr(images, "dtype", type(images).__name__)
+        fits = len(shape) in dimensions and tuple(shape[-3:]) == (side, side, colours)
+        if not fits or not jnp.issubdtype(kind, jnp.floating):
+            raise JaxherdError(
+                f"images must be tiles [N, {side}, {side}, {colours}] of floats in [-1, 1], not "
+                f"{kind} {list(shape)}: make them with jaxherd.data.images."
+            )
+
     def check_images(self, tokens: Any, images: Any) -> None:
         """Raise a JaxherdError unless tiles fit the model and fill the tokens' placeholders.
 
@@ -97,14 +108,8 @@ class MultimodalDecoderConfig(DecoderConfig):
           tokens: [B, T] on the host, or anything numpy can read.
           images: [N, Y, X, C] or [B, N, Y, X, C]; only shape and dtype are looked at.
         """
-        vision, shape, tokens_BT = self.vision, tuple(images.shape), np.asarray(tokens)
-        side, each = vision.image_size, vision.features
-        fits = shape[-3:] == (side, side, vision.channels) and len(shape) in (4, 5)
-        if not fits or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise JaxherdError(
-                f"images must be tiles [N, {side}, {side}, {vision.channels}] of floats in [-1, 1], "
-                f"not {images.dtype} {list(shape)}: make them with jaxherd.data.images."
-            )
+        self.check_tiles(images)
+        shape, each, tokens_BT = images.shape, self.vision.features, np.asarray(tokens)
         counts_B = (tokens_BT == self.patch_token).sum(axis=-1)
         if len(shape) == 4:
             wanted, given = int(counts_B.sum()), shape[0] * each

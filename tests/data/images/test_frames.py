@@ -38,7 +38,9 @@ def test_a_limit_thins_evenly():
     assert sample_frames(iter(range(100)), source_fps=10, fps=10, limit=2) == [0, 99]
 
 
-@pytest.mark.parametrize("options", [{"fps": 0}, {"fps": -1}, {"fps": float("nan")}, {"fps": 1, "limit": 0}])
+@pytest.mark.parametrize(
+    "options", [{"fps": 0}, {"fps": -1}, {"fps": float("nan")}, {"fps": 1, "limit": 0}]
+)
 def test_impossible_rates(options):
     with pytest.raises(JaxherdError, match="fps must be above 0"):
         frame_indices([0.0], 1.0, **options)
