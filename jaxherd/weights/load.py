@@ -25,7 +25,7 @@ from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
 from jaxherd.weights.hf_config import architecture_of, read_config
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
-from jaxherd.weights.trained import load_trained, trained_folder
+from jaxherd.weights.trained import load_trained, trained_config, trained_folder
 
 __all__ = [
     "ALIASES",
@@ -33,6 +33,7 @@ __all__ = [
     "generation_defaults",
     "load",
     "load_tokenizer",
+    "model_config",
     "resolve_model",
 ]
 
@@ -71,11 +72,29 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool =
     return text_part(module) if text_only and isinstance(module, MultimodalDecoder) else module
 
 
-def _load(source: str | os.PathLike[str], dtype: Any, text_only: bool) -> Any:
+def model_config(source: str | os.PathLike[str]) -> Any:
+    """Return the config of the model at `source`; no weights are read.
+
+    Raises:
+      JaxherdError: as `load` does of what it finds before the weights.
+    """
+    kind, path, entries = _located(source)
+    if kind == "gguf":
+        store = GgufStore(path)
+        return read_gguf_config(store.metadata, store)
+    if kind == "trained":
+        return trained_config(path)
+    if kind == "jaxherd":
+        return registry.own_config(entries, str(path))
+    return read_config(entries)
+
+
+def _located(source: str | os.PathLike[str]) -> tuple[str, pathlib.Path, dict[str, Any]]:
+    """Return what a source is ("gguf", "trained", "jaxherd" or "hf"), where, and its config.json."""
     path = resolve_model(source)
     model_file = gguf_at(path)
     if model_file is not None:
-        return _load_gguf(model_file, dtype)
+        return "gguf", model_file, {}
     if path.is_file() and path.suffix.lower() != ".safetensors":
         refuse_pickle(path)
         raise JaxherdError(
@@ -83,14 +102,24 @@ def _load(source: str | os.PathLike[str], dtype: Any, text_only: bool) -> Any:
         )
     trained = trained_folder(path)
     if trained is not None:
-        return load_trained(trained, dtype)
+        return "trained", trained, {}
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         refuse_pickle(folder)
         raise JaxherdError(f"There is neither config.json nor one GGUF file in {str(folder)!r}.")
-    config = registry.read_json(folder / "config.json")
-    if config.get("format") == registry.FORMAT:
-        return _load_own(path, registry.own_config(config, str(folder)), dtype)
+    entries = registry.read_json(folder / "config.json")
+    return ("jaxherd" if entries.get("format") == registry.FORMAT else "hf"), path, entries
+
+
+def _load(source: str | os.PathLike[str], dtype: Any, text_only: bool) -> Any:
+    kind, path, config = _located(source)
+    if kind == "gguf":
+        return _load_gguf(path, dtype)
+    if kind == "trained":
+        return load_trained(path, dtype)
+    if kind == "jaxherd":
+        where = str(path if path.is_dir() else path.parent)
+        return _load_own(path, registry.own_config(config, where), dtype)
     model, architecture = read_config(config, text_only=text_only), architecture_of(config)
     multimodal = isinstance(model, MultimodalDecoderConfig)
     if architecture == "llama4" and not multimodal:
