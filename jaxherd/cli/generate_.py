@@ -23,6 +23,8 @@ def main(
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     chat: bool | None = None,
     system: str | None = None,
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    max_tiles: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
     tokenizer: Path | None = None,
     on: str = "cpu",
@@ -30,6 +32,8 @@ def main(
     """Continue a prompt, or answer it when the model is a chat model; text streams as it comes.
 
     Example: jaxherd generate smollm2-135m-instruct --prompt "Why is the sky blue?"
+
+    A model that reads images: jaxherd generate ./llama4-scout --prompt "What is this?" --image a.png
 
     Args:
         source: an alias (smollm2-135m-instruct), a Hugging Face folder, a GGUF file, or any source.
@@ -43,6 +47,8 @@ def main(
         stop: end before any of these strings.
         chat: use the model's chat template; by default when it has one.
         system: a system message for the chat template.
+        image: a file that the model sees before the text of the prompt; may be given several times.
+        max_tiles: an image is cut into at most so many tiles.
         dtype: of the weights; the source's own if not given.
         tokenizer: file or folder, if the source has none.
         on: cpu, gpu or tpu.
@@ -66,20 +72,48 @@ def main(
     )
     if chat and not words.chat_template:
         raise JaxherdError(f"{source} has no chat template: leave --chat away.")
+    pictures, tiles = _images(source, words, image, max_tiles) if image else ([], None)
     if chat or (chat is None and words.chat_template):
         messages = [{"role": "system", "content": system}] if system else []
-        tokens = encode_chat(words, [*messages, {"role": "user", "content": text}])
+        user = {"role": "user", "content": text, "images": pictures}
+        tokens = encode_chat(words, [*messages, user])
     else:
-        tokens = words.encode(text, add_bos=getattr(words, "adds_bos", False))
+        begins = getattr(words, "adds_bos", False)
+        tokens = words.encode(text, add_bos=begins)
+        tokens[int(begins) : int(begins)] = [i for ids in pictures for i in ids]
         print(text, end="", flush=True)
-    module = jaxherd.load(source, dtype=dtype)
+    # Without images the tower need not be read.
+    module = jaxherd.load(source, dtype=dtype, text_only=not image)
     stop_ids = defaults.eos_ids or words.stop_ids
     generator = Generator(module, words, stop_ids=stop_ids)
-    request = Request(tuple(tokens), max_new_tokens, sampling, seed, tuple(stop))
+    request = Request(tuple(tokens), max_new_tokens, sampling, seed, tuple(stop), tiles)
     for piece in generator.stream(request):
         print(piece, end="", flush=True)
     print()
     return 0
+
+
+def _images(source: str, words, files: tuple[Path, ...], max_tiles: int):
+    """Return (token ids of each image, tiles); no weights are read.
+
+    Raises:
+      JaxherdError: a model that reads no images, or whose tokenizer knows none; a bad file.
+    """
+    from jaxherd.data.images import ImageTokens, Tiling, prepare_images
+    from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
+    from jaxherd.weights.load import model_config
+
+    config = model_config(source)
+    if not isinstance(config, MultimodalDecoderConfig):
+        raise JaxherdError(f"{source} is a model that reads no images: leave --image away.")
+    tokens = ImageTokens.of(words)
+    if tokens.patch != config.patch_token:
+        raise JaxherdError(
+            f"the tokenizer of {source} has <|patch|> at {tokens.patch} and its model at "
+            f"{config.patch_token}: use the tokenizer that belongs to it."
+        )
+    tiling = Tiling(config.vision.image_size, max_tiles)
+    return prepare_images(files, tokens, features=config.vision.features, tiling=tiling)
 
 
 def _first(*values):

@@ -77,7 +77,8 @@ def encode_chat(
 
     The rendered text is encoded in one piece, as the model was trained.  If a message contains
     the name of a control token, its content is encoded apart and as plain text, so that a user
-    cannot end a turn or speak as the system.
+    cannot end a turn or speak as the system.  The token ids in a message's `images` (one list an
+    image, `jaxherd.data.images`) go before its content; the template does not see them.
     """
     template = template or tokenizer.chat_template
     if template is None:
@@ -87,15 +88,25 @@ def encode_chat(
     for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         variables.setdefault(role, names.get(i, "") if i is not None else "")
     options = {"add_generation_prompt": add_generation_prompt, **variables}
-    forged = [m for m in messages if any(name in str(m["content"]) for name in special)]
-    if not forged:
-        return tokenizer.encode(render(template, messages, **options), parse_special=True)
-    # Private-use characters mark where the suspicious contents go.
-    marks = {f"\ue000{n}\ue001": str(m["content"]) for n, m in enumerate(messages) if m in forged}
-    marked = [
-        {**m, "content": f"\ue000{n}\ue001"} if m in forged else m for n, m in enumerate(messages)
-    ]
+    # Private-use characters mark where ids go that are not the rendered text's.
+    marks: dict[str, list[int]] = {}
+    marked, pictures = [], []
+    for number, message in enumerate(messages):
+        message = dict(message)
+        if any(name in str(message.get("content")) for name in (*special, "\ue001")):
+            mark = f"\ue000{number}\ue001"
+            marks[mark] = tokenizer.encode(str(message["content"]))
+            message["content"] = mark
+        images = message.pop("images", ())
+        if images:
+            mark = f"\ue002{number}\ue001"
+            marks[mark] = [i for image in images for i in image]
+            message["content"] = mark + str(message.get("content", ""))
+            pictures.append(mark)
+        marked.append(message)
     rest = render(template, marked, **options)
+    if any(rest.count(mark) != 1 for mark in pictures):
+        raise JaxherdError("The chat template does not show each message once: it takes no images.")
     ids: list[int] = []
     while rest:
         places = [(rest.find(mark), mark) for mark in marks if mark in rest]
@@ -103,6 +114,6 @@ def encode_chat(
             break
         at, mark = min(places)
         ids += tokenizer.encode(rest[:at], parse_special=True) if at else []
-        ids += tokenizer.encode(marks[mark])
+        ids += marks[mark]
         rest = rest[at + len(mark) :]
     return ids + (tokenizer.encode(rest, parse_special=True) if rest else [])

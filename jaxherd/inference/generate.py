@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.inference import steps
+from jaxherd.inference.images import PromptImages, check_images
 from jaxherd.inference.requests import Request, Result, Row, bucket, row_keys, stop_tokens
 from jaxherd.inference.sampling import RowSampling, Sampling
 from jaxherd.inference.serving_form import serving_form
@@ -85,6 +86,7 @@ class Generator:
             raise JaxherdError("there is no prompt.")
         for request in requests:
             request.check(self.module.config.vocab_size, self.max_length, self.tokenizer)
+            check_images(self.module.config, request)
 
     def _events(
         self, requests: Sequence[Request], key: jax.Array | None
@@ -96,9 +98,7 @@ class Generator:
         sampling = RowSampling.create([request.sampling for request in requests], keys)
         lengths_B = jnp.asarray([len(r.tokens) for r in requests], jnp.int32)
         budget_B = jnp.asarray([r.max_new_tokens for r in requests], jnp.int32)
-        cache, last_BD = self._prefill(
-            [r.tokens for r in requests], lengths_B, self._capacity(requests)
-        )
+        cache, last_BD = self._prefill(requests, lengths_B)
         state = steps.start(self.module, last_BD, lengths_B, budget_B, self._stop_S, sampling)
         chosen_BK = state.token_B[:, None]
         while True:
@@ -121,9 +121,11 @@ class Generator:
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
         return min(bucket(longest, _SMALLEST_CACHE), self.max_length)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], lengths_B: jax.Array, capacity: int):
+    def _prefill(self, requests: Sequence[Request], lengths_B: jax.Array):
+        prompts = [request.tokens for request in requests]
         batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        cache = self.module.init_cache(batch, capacity)
+        images = PromptImages.encode(self.module, requests)
+        cache = self.module.init_cache(batch, self._capacity(requests))
         table = self.module.embedding.table[...]
         last_BD = jnp.zeros((batch, self.module.config.embed_dim), table.dtype)
         for begin in range(0, longest, self.prefill_chunk):
@@ -136,8 +138,10 @@ class Generator:
                 tokens[row, : len(piece)] = piece
                 positions[row, : len(piece)] = np.arange(begin, begin + len(piece))
             cache, last_BD = steps.prefill(
-                self.module, cache, last_BD, tokens, positions, lengths_B, cache_is_empty=begin == 0
-            )
+                self.module, cache, last_BD, tokens, positions, lengths_B,
+                features=None if images is None else images.piece(begin, here, width),
+                cache_is_empty=begin == 0,
+            )  # fmt: skip
         return cache, last_BD
 
 
@@ -152,6 +156,7 @@ def generate(
     top_k: int = 0,
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
+    images: Any = None,
 ) -> Any:
     """Return the tokens that continue the prompts.
 
@@ -162,15 +167,20 @@ def generate(
       max_new_tokens: how many to choose; fewer when a token of `stop_ids` comes first.
       temperature, top_k, top_p, min_p: see `jaxherd.inference.sampling`; temperature 0 is greedy.
       key: of the sampling; row i uses it folded with i.
+      images: tiles [N, Y, X, C] with colours in [-1, 1] that fill the placeholders of one prompt in
+        order (`jaxherd.data.images` makes both); for several prompts a list with the tiles, or
+        None, of each.
     Returns:
       The new tokens, without the prompt: a list for one prompt, a list of lists for several.
     Raises:
-      JaxherdError: a prompt that is empty, holds no tokens of the model, or is too long.
+      JaxherdError: a prompt that is empty, holds no tokens of the model, or is too long; images
+        that do not fit the model or the prompt.
     """
     prompts, single = _prompts(prompt_tokens)
     sampling = Sampling(temperature, top_k, top_p, min_p)
+    tiles = [images] if single else _tiles(images, len(prompts))
     requests = [
-        Request(tuple(prompt), max_new_tokens, sampling, seed=row)
+        Request(tuple(prompt), max_new_tokens, sampling, seed=row, images=tiles[row])
         for row, prompt in enumerate(prompts)
     ]
     # For one call the faster form would take longer to compile than it saves.
@@ -194,6 +204,14 @@ def _prompts(prompt_tokens: Any) -> tuple[list[list[int]], bool]:
         return [[_token(t) for t in row] for row in rows], single
     except TypeError:
         raise JaxherdError("prompt_tokens must be a list of ints or of lists of ints.") from None
+
+
+def _tiles(images: Any, count: int) -> list[Any]:
+    if images is None:
+        return [None] * count
+    if not isinstance(images, list | tuple) or len(images) != count:
+        raise JaxherdError(f"images must be a list of {count}, the tiles or None of each prompt.")
+    return list(images)
 
 
 def _token(value: Any) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.platform import platform
 from jaxherd.inference import steps
+from jaxherd.inference.images import check_images
 from jaxherd.inference.pages import Name, PageBooks, SequencePages, page_names
 from jaxherd.inference.requests import (
     Counters,
@@ -162,6 +163,10 @@ class PagedEngine:
           JaxherdError: it cannot be served, now or ever; nothing is compiled.
         """
         request.check(self.module.config.vocab_size, self.max_length, self.tokenizer)
+        check_images(self.module.config, request)
+        if request.images is not None:
+            # Prompts share pages by their tokens, and equal placeholders may be other images.
+            raise JaxherdError("continuous batching serves text alone: use Generator for images.")
         names = page_names(request.tokens, self.page_size) if self.reuse_prefixes else []
         row = Row(request, self.tokenizer, self.stop_ids)
         key = np.asarray(jax.random.key_data(row_keys(self._key, [request.seed])))[0]

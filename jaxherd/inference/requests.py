@@ -25,6 +25,8 @@ class Request:
       sampling: how.
       seed: of this row; equal seeds give equal tokens whatever else is in the batch.
       stop_strings: the text ends before the first of them (needs a tokenizer).
+      images: tiles [N, Y, X, C] with colours in [-1, 1] (`jaxherd.data.images`) that fill the
+        prompt's placeholders in order.
     """
 
     tokens: tuple[int, ...]
@@ -32,6 +34,7 @@ class Request:
     sampling: Sampling = Sampling()
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+    images: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def check(self, vocabulary: int, max_length: int, tokenizer: Any) -> None:
         """Raise JaxherdError if a model cannot serve this.

@@ -49,6 +49,7 @@ def prefill(
     positions_BT: Int[Array, "B T"],
     lengths_B: Int[Array, "B"],
     page_tables: PageTables | None = None,
+    features: Any = None,
     *,
     cache_is_empty: bool,
 ) -> tuple[Any, Float[Array, "B D"]]:
@@ -59,6 +60,7 @@ def prefill(
       tokens_BT, positions_BT: the piece; position -1 is padding.
       lengths_B: of the whole prompts.
       page_tables: where the rows' pages are, if the cache is of pages.
+      features: of images, in place of some tokens' embeddings; for models that read images.
     """
     traces["prefill"] += 1
     output = module.forward(
@@ -67,6 +69,7 @@ def prefill(
         cache=cache,
         cache_is_empty=cache_is_empty,
         page_tables=page_tables,
+        **({} if features is None else {"features": features}),
     )
     is_last_BT = positions_BT == lengths_B[:, None] - 1
     here_BD = jnp.einsum(

@@ -4,6 +4,7 @@ Axis letters: B batch, T tokens, S keys, D width, N query heads, K key/value hea
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -134,6 +135,8 @@ class SequenceInfo:
       table_keys: (rope config, modulus of positions or None, head size).
       contiguous: rows are positions 0..T-1 of one document.
       pages: where the rows' pages are, for layers with a `PagedCache`.
+      length_axis: logical axis of T; None where a layout that splits text must not split these
+        tokens (the odd number of patches of a tile).
     """
 
     positions_BT: jax.Array
@@ -142,6 +145,7 @@ class SequenceInfo:
     table_keys: tuple[TableKey, ...] = dataclasses.field(metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     pages: PageTables | None = None
+    length_axis: str | None = dataclasses.field(default="length", metadata={"static": True})
 
     @classmethod
     def create(
@@ -161,6 +165,31 @@ class SequenceInfo:
             tables.append(rope_lib.angles(rope, head_dim, p_BT))
         return cls(positions_BT, segments_BT, tuple(tables), keys, contiguous, pages)
 
+    @classmethod
+    def of_grid(
+        cls, config: AttentionConfig, columns: Sequence[int], rows: Sequence[int], batch: int
+    ) -> "SequenceInfo":
+        """Return the record for the patches of `batch` pictures, rotated by column and row.
+
+        Args:
+          config: of all layers; its `rope` gives theta alone.
+          columns, rows: where each patch is, see `rope.grid_angles`.
+          batch: B.
+        """
+        assert config.rope is not None
+        table = rope_lib.grid_angles(config.rope, config.head_dim, columns, rows)
+        shape = (batch, len(columns))
+        positions_BT = jnp.broadcast_to(jnp.arange(len(columns), dtype=jnp.int32), shape)
+        cos, sin = (jnp.broadcast_to(part, (batch, *part.shape)) for part in table)
+        return cls(
+            positions_BT,
+            None,
+            ((cos, sin),),
+            (_table_key(config),),
+            contiguous=True,
+            length_axis=None,
+        )
+
     def table(self, config: AttentionConfig) -> tuple[jax.Array, jax.Array]:
         """Return (cos, sin) for one layer."""
         return self.tables[self.table_keys.index(_table_key(config))]
@@ -176,6 +205,11 @@ def _tables(info: SequenceInfo) -> PageTables:
     if info.pages is None:
         raise ValueError("a paged cache needs page tables: SequenceInfo.create(..., pages=...)")
     return info.pages
+
+
+def _heads(x, heads: int, length: str | None, axis: str):
+    x_BTNH = rearrange(x, "B T (N H) -> B T N H", N=heads)
+    return shard(x_BTNH, "batch", length, axis, "head_dim")
 
 
 class Attention(Module):
@@ -236,9 +270,10 @@ class Attention(Module):
           implementation: see `jaxherd.kernels.attention`.
         """
         c = self.config
-        q_BTNH = self._heads(self.q_proj(x_BTD), c.num_heads, "act_heads")
-        k_BTKH = self._heads(self.k_proj(x_BTD), c.num_kv_heads, "act_kv_heads")
-        v_BTKH = self._heads(self.v_proj(x_BTD), c.num_kv_heads, "act_kv_heads")
+        length = info.length_axis
+        q_BTNH = _heads(self.q_proj(x_BTD), c.num_heads, length, "act_heads")
+        k_BTKH = _heads(self.k_proj(x_BTD), c.num_kv_heads, length, "act_kv_heads")
+        v_BTKH = _heads(self.v_proj(x_BTD), c.num_kv_heads, length, "act_kv_heads")
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = unit_rms(q_BTNH, c.norm_eps) * self.q_norm[...]
             k_BTKH = unit_rms(k_BTKH, c.norm_eps) * self.k_norm[...]
@@ -262,12 +297,8 @@ class Attention(Module):
                 q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=c.scale, temperature_BT=growth_BT,
                 implementation=implementation,
             )  # fmt: skip
-        out_BTNH = shard(out_BTNH, "batch", "length", "act_heads", "head_dim")
+        out_BTNH = shard(out_BTNH, "batch", length, "act_heads", "head_dim")
         return self.o_proj(rearrange(out_BTNH, "B T N H -> B T (N H)")), cache
-
-    def _heads(self, x, heads: int, axis: str):
-        x_BTNH = rearrange(x, "B T (N H) -> B T N H", N=heads)
-        return shard(x_BTNH, "batch", "length", axis, "head_dim")
 
     def _keys(self, k_BTKH, v_BTKH, info: SequenceInfo, cache, cache_is_empty: bool):
         """Return the keys and values to attend to, their mask, and the new cache."""

@@ -4,11 +4,12 @@ Pair (m, m + H/2) of a head is rotated by p * w_m, w_m = theta^(-2m/H).  Checkpo
 interleaved form (pairs 2m, 2m+1) differ by a fixed permutation of each head's query and key
 columns, which the mapping tables in `jaxherd.weights` apply; scores are the same.
 
-Axis letters: B batch, T time, N heads, H head size, h = H / 2.
+Axis letters: B batch, T time, N heads, H head size, h = H / 2, g = H / 4.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -149,6 +150,26 @@ def angles(
         w_h = w_h.astype(jnp.dtype(rounded_to)).astype(np.float32)
     phase_BTh = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(w_h)
     return jnp.cos(phase_BTh) * factor, jnp.sin(phase_BTh) * factor
+
+
+def grid_angles(
+    rope: RopeConfig, head_dim: int, columns: Sequence[int], rows: Sequence[int]
+) -> tuple[Float[Array, "T h"], Float[Array, "T h"]]:
+    """Return float32 (cos, sin) for patches on a grid: pairs below h/2 turn by column, others by row.
+
+    With g = h/2 = H/4 frequencies w_j = theta^(-2j / (H/2)), pair j turns by column * w_j and pair
+    g + j by row * w_j.  Coordinates count from 1; column 0 of row 0 does not turn at all, which is
+    where a class token stands (llama4.md 4).
+
+    Args:
+      rope: gives theta.
+      head_dim: H, a multiple of 4.
+      columns, rows: of every patch.
+    """
+    w_g, factor = frequencies(rope, head_dim // 2)
+    places_TP = np.stack([np.asarray(columns), np.asarray(rows)], axis=-1).astype(np.float32)
+    phase_Th = (places_TP[:, :, None] * w_g).reshape(len(columns), -1)
+    return jnp.cos(phase_Th) * factor, jnp.sin(phase_Th) * factor
 
 
 def rotate(

@@ -284,6 +284,7 @@ class Decoder(Module):
         cache_is_empty: bool = False,
         page_tables: PageTables | None = None,
         remat: str = "none",
+        embeddings_BTD: Float[Array, "B T D"] | None = None,
     ) -> DecoderOutput:
         """Return hidden states, the updated cache and router statistics.
 
@@ -294,6 +295,7 @@ class Decoder(Module):
             pages are shared).
           page_tables: the cache is from `init_pages`, and these are the sequences' pages.
           remat: a policy of `jaxherd.core.remat`.
+          embeddings_BTD: stand for the table's rows of these tokens.
         """
         config = self.config
         contiguous = positions is None and segment_ids is None
@@ -304,7 +306,7 @@ class Decoder(Module):
         info = SequenceInfo.create(
             positions, segment_ids, attentions, contiguous=contiguous, pages=page_tables
         )
-        x_BTD = residual(self.embedding(tokens_BT))
+        x_BTD = residual(self.embedding(tokens_BT) if embeddings_BTD is None else embeddings_BTD)
         new_cache, stats = [], []
         for number in range(config.passes):
             backwards = config.repeat_order == "reverse" and number % 2 == 1

@@ -13,6 +13,8 @@ from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
+from jaxherd.models.vision_tower import VisionTowerConfig
 
 
 def llama(
@@ -132,6 +134,16 @@ def llama4_maverick() -> DecoderConfig:
     return llama4_text(num_experts=128, moe_step=2, qk_norm=False, max_length=1048576)
 
 
+def llama4_scout_multimodal() -> MultimodalDecoderConfig:
+    """Llama 4 Scout with its vision tower: 108,641,793,536 parameters."""
+    return MultimodalDecoderConfig.create(llama4_scout(), VisionTowerConfig())
+
+
+def llama4_maverick_multimodal() -> MultimodalDecoderConfig:
+    """Llama 4 Maverick with its vision tower: 401,583,781,376 parameters."""
+    return MultimodalDecoderConfig.create(llama4_maverick(), VisionTowerConfig())
+
+
 def behemoth_hypothetical() -> DecoderConfig:
     """A HYPOTHETICAL stand-in for the Behemoth teacher, for compile studies only.
 
@@ -221,6 +233,8 @@ def mobilellm_pro() -> DecoderConfig:
 PRESETS: dict[str, Callable[[], DecoderConfig]] = {
     "llama4-scout": llama4_scout,
     "llama4-maverick": llama4_maverick,
+    "llama4-scout-multimodal": llama4_scout_multimodal,
+    "llama4-maverick-multimodal": llama4_maverick_multimodal,
     "behemoth_hypothetical": behemoth_hypothetical,
     "llama3.2-1b": llama32_1b,
     "smollm2-135m": smollm2_135m,

@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face folders to `DecoderConfig` or `T5EncoderConfig` and back.
+"""`config.json` of Hugging Face folders to configs of ours and back.
 
 Sources: llama4.md sections 2, 6 and 12; mobilellm.md sections 2 and 3; the meaning of
 `no_rope_layers` (1 = the layer uses RoPE) from mobilellm-pro.md section 1.
@@ -6,15 +6,17 @@ Sources: llama4.md sections 2, 6 and 12; mobilellm.md sections 2 and 3; the mean
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
 from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
 from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights.rope_parameters import plain_rope, read_rope, write_rope
+from jaxherd.weights.vision_config import read_vision, write_vision
 
 # Class name or model type in a config.json -> our name of the architecture.
 ARCHITECTURES = {
@@ -24,8 +26,8 @@ ARCHITECTURES = {
     "mobilellm": "mobilellm",
     "Llama4ForCausalLM": "llama4_text",
     "llama4_text": "llama4_text",
-    "Llama4ForConditionalGeneration": "llama4_text",
-    "llama4": "llama4_text",
+    "Llama4ForConditionalGeneration": "llama4",
+    "llama4": "llama4",
     "T5EncoderModel": "t5",
     "T5ForConditionalGeneration": "t5",
     "T5Model": "t5",
@@ -62,15 +64,18 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return ARCHITECTURES[name]
 
 
-def read_config(config: Mapping[str, Any]) -> Any:
+def read_config(config: Mapping[str, Any], *, text_only: bool = False) -> Any:
     """Return the model that a `config.json` describes.
 
+    Args:
+      config: the entries.
+      text_only: of a multimodal model the text part alone.
     Raises:
       JaxherdError: an unknown architecture, a missing or impossible setting.
     """
     name = architecture_of(config)
-    if "text_config" in config:
-        config = {**config["text_config"]}
+    if name == "llama4" and (text_only or not config.get("vision_config")):
+        name, config = "llama4_text", config.get("text_config") or config
     try:
         return _READERS[name](config)
     except JaxherdError:
@@ -202,6 +207,10 @@ def _read_llama4_text(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _read_llama4(config: Mapping[str, Any]) -> MultimodalDecoderConfig:
+    return read_vision(config, _read_llama4_text(config["text_config"]))
+
+
 def _read_t5(config: Mapping[str, Any]) -> T5EncoderConfig:
     kind = config.get("feed_forward_proj", "relu")
     if kind not in ("relu", "gated-gelu"):
@@ -228,6 +237,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "t5_relu": _read_t5,
     "llama": _read_llama,
     "mobilellm": _read_mobilellm,
+    "llama4": _read_llama4,
     "llama4_text": _read_llama4_text,
 }
 
@@ -243,12 +253,14 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(config, T5EncoderConfig):
         entries = _write_t5(config)
         return architecture_of(entries), entries
+    multimodal = isinstance(config, MultimodalDecoderConfig)
+    writers: _Writers = {"llama4": _write_llama4} if multimodal else _TEXT_WRITERS
     if not isinstance(config, DecoderConfig):
         raise JaxherdError(
             f"Hugging Face has no form for {type(config).__name__}: save it with format='jaxherd'."
         )
     plain = _plain(config)
-    for name, write in _WRITERS.items():
+    for name, write in writers.items():
         entries = write(plain)
         if entries is None:
             continue
@@ -259,12 +271,15 @@ def write_config(config: Any) -> tuple[str, dict[str, Any]]:
         if same:
             return name, entries
     raise JaxherdError(
-        f"None of the Hugging Face architectures {', '.join(_WRITERS)} has the layers of this "
+        f"None of the Hugging Face architectures {', '.join(writers)} has the layers of this "
         "model: save it with format='jaxherd'."
     )
 
 
-def _plain(config: DecoderConfig) -> DecoderConfig:
+D = TypeVar("D", bound=DecoderConfig)
+
+
+def _plain(config: D) -> D:
     """Return the config without what changes how a model runs or starts, but not what it is."""
     layers = tuple(
         dataclasses.replace(
@@ -275,6 +290,9 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
         )
         for layer in config.layers
     )
+    if isinstance(config, MultimodalDecoderConfig):
+        tower = dataclasses.replace(config.vision, attention_implementation=None)
+        config = dataclasses.replace(config, vision=tower)
     return dataclasses.replace(
         config,
         layers=layers,
@@ -380,7 +398,13 @@ def _write_llama4_text(config: DecoderConfig) -> dict[str, Any] | None:
     return entries | (write_rope(rope) if rope else {})
 
 
-_WRITERS: dict[str, Callable[[DecoderConfig], dict[str, Any] | None]] = {
+def _write_llama4(config: MultimodalDecoderConfig) -> dict[str, Any] | None:
+    text = _write_llama4_text(config.text())
+    return None if text is None else write_vision(config, text)
+
+
+_Writers = dict[str, Callable[[Any], dict[str, Any] | None]]
+_TEXT_WRITERS: _Writers = {
     "llama": _write_llama,
     "mobilellm": _write_mobilellm,
     "llama4_text": _write_llama4_text,

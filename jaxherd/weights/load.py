@@ -12,6 +12,11 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.modules import abstract, flatten, split
 from jaxherd.data.gguf_file import GgufStore
 from jaxherd.data.sources import resolve, scheme_of
+from jaxherd.models.multimodal_decoder import (
+    MultimodalDecoder,
+    MultimodalDecoderConfig,
+    text_part,
+)
 from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights import registry
 from jaxherd.weights.assemble import assemble, decoder_placements
@@ -20,7 +25,7 @@ from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
 from jaxherd.weights.hf_config import architecture_of, read_config
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
-from jaxherd.weights.trained import load_trained, trained_folder
+from jaxherd.weights.trained import load_trained, trained_config, trained_folder
 
 __all__ = [
     "ALIASES",
@@ -28,6 +33,7 @@ __all__ = [
     "generation_defaults",
     "load",
     "load_tokenizer",
+    "model_config",
     "resolve_model",
 ]
 
@@ -38,15 +44,15 @@ ALIASES = {
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-# Not part of the text model: the vision tower and its projection (llama4.md section 6).
-_VISION = ("vision_model.", "multi_modal_projector.")
+# The text part of a multimodal model; its vision tower and projection (llama4.md section 6).
+_TEXT, _VISION = "language_model.", ("vision_model.", "multi_modal_projector.")
 
 # A tied table, and the name of its second copy in files that hold one.
 _TIED_COPIES = ("model.embed_tokens.weight", "lm_head.weight")
 _T5_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
+def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool = False) -> Any:
     """Return the model at `source` as a module; `module.config` tells what it is.
 
     A T5 folder gives the encoder alone; a decoder in it is left out.
@@ -56,15 +62,39 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
         of a run of ours (its last trained stage) or of one of its stages.
       dtype: of all weights: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own,
         which for GGUF is float32.
+      text_only: of a multimodal model only the text part is read, as a model of its own.
     Raises:
       JaxherdError: an unknown architecture, tensors that do not fit (all of them are listed),
         a damaged file, a pickle, or a source that cannot be had.
     """
-    dtype = _dtype(dtype)
+    module = _load(source, _dtype(dtype), text_only)
+    # What was read as a whole is cut here; a Hugging Face folder was not read as a whole.
+    return text_part(module) if text_only and isinstance(module, MultimodalDecoder) else module
+
+
+def model_config(source: str | os.PathLike[str]) -> Any:
+    """Return the config of the model at `source`; no weights are read.
+
+    Raises:
+      JaxherdError: as `load` does of what it finds before the weights.
+    """
+    kind, path, entries = _located(source)
+    if kind == "gguf":
+        store = GgufStore(path)
+        return read_gguf_config(store.metadata, store)
+    if kind == "trained":
+        return trained_config(path)
+    if kind == "jaxherd":
+        return registry.own_config(entries, str(path))
+    return read_config(entries)
+
+
+def _located(source: str | os.PathLike[str]) -> tuple[str, pathlib.Path, dict[str, Any]]:
+    """Return what a source is ("gguf", "trained", "jaxherd" or "hf"), where, and its config.json."""
     path = resolve_model(source)
     model_file = gguf_at(path)
     if model_file is not None:
-        return _load_gguf(model_file, dtype)
+        return "gguf", model_file, {}
     if path.is_file() and path.suffix.lower() != ".safetensors":
         refuse_pickle(path)
         raise JaxherdError(
@@ -72,25 +102,41 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None) -> Any:
         )
     trained = trained_folder(path)
     if trained is not None:
-        return load_trained(trained, dtype)
+        return "trained", trained, {}
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").is_file():
         refuse_pickle(folder)
         raise JaxherdError(f"There is neither config.json nor one GGUF file in {str(folder)!r}.")
-    config = registry.read_json(folder / "config.json")
-    if config.get("format") == registry.FORMAT:
-        return _load_own(path, registry.own_config(config, str(folder)), dtype)
-    model, architecture = read_config(config), architecture_of(config)
-    store = _Canonical(_open(path))
+    entries = registry.read_json(folder / "config.json")
+    return ("jaxherd" if entries.get("format") == registry.FORMAT else "hf"), path, entries
+
+
+def _load(source: str | os.PathLike[str], dtype: Any, text_only: bool) -> Any:
+    kind, path, config = _located(source)
+    if kind == "gguf":
+        return _load_gguf(path, dtype)
+    if kind == "trained":
+        return load_trained(path, dtype)
+    if kind == "jaxherd":
+        where = str(path if path.is_dir() else path.parent)
+        return _load_own(path, registry.own_config(config, where), dtype)
+    model, architecture = read_config(config, text_only=text_only), architecture_of(config)
+    multimodal = isinstance(model, MultimodalDecoderConfig)
+    if architecture == "llama4" and not multimodal:
+        architecture = "llama4_text"
+    prefix = _TEXT if multimodal else ""
+    store = _Canonical(_open(path), prefix)
     if isinstance(model, T5EncoderConfig):
         _check_second_copy(store, *_T5_COPIES)
         ignored = _ignored_in_t5
     else:
         if model.tie_embeddings:
-            _check_second_copy(store, *_TIED_COPIES)
+            _check_second_copy(store, *(prefix + name for name in _TIED_COPIES))
 
         def ignored(name: str) -> bool:
-            return _ignored(name, model.tie_embeddings)
+            if text_only and name.startswith(_VISION):
+                return True
+            return _ignored(name.removeprefix(prefix), model.tie_embeddings)
 
     placements = decoder_placements(model, architecture, store)
     return assemble(model, store, placements, dtype=dtype, ignored=ignored)
@@ -140,11 +186,14 @@ def _open(path: pathlib.Path) -> SafetensorsStore:
 
 
 class _Canonical:
-    """A store under the names of the text model alone, whatever prefix the file uses."""
+    """A store under one way of naming, whatever prefixes the file uses.
 
-    def __init__(self, store: SafetensorsStore):
+    Tensors of the text part have the names of the text model alone after `prefix`.
+    """
+
+    def __init__(self, store: SafetensorsStore, prefix: str):
         self._store, self.where = store, store.where
-        self._names = {_canonical(name): name for name in store.shapes}
+        self._names = {_canonical(name, prefix): name for name in store.shapes}
         if len(self._names) != len(store.shapes):
             raise JaxherdError(f"{store.where} holds a tensor with and without its prefix.")
         self.shapes = {new: store.shapes[old] for new, old in self._names.items()}
@@ -165,22 +214,18 @@ def _check_second_copy(store: _Canonical, table: str, head: str) -> None:
         )
 
 
-def _canonical(name: str) -> str:
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    name = name.removeprefix("language_model.")
-    if name.startswith(tuple("model." + prefix for prefix in _VISION)):
+def _canonical(name: str, prefix: str) -> str:
+    if name.removeprefix("model.").startswith(_VISION):
         return name.removeprefix("model.")
-    return name
+    if name.startswith("model." + _TEXT):
+        name = "model." + name.removeprefix("model." + _TEXT)
+    name = name.removeprefix(_TEXT)
+    return prefix + name if name.startswith(("model.", "lm_head.")) else name
 
 
 def _ignored(name: str, tied: bool) -> bool:
     """Old Llama files carry RoPE tables, and tied ones a second copy of the embedding."""
-    return (
-        name.endswith(".rotary_emb.inv_freq")
-        or name.startswith(_VISION)
-        or (tied and name == "lm_head.weight")
-    )
+    return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
 def _ignored_in_t5(name: str) -> bool:

@@ -73,6 +73,10 @@ def _linear(ours: str, theirs: str, rotary: bool = False) -> tuple[Rule, Rule]:
     )
 
 
+def _layer_norm(ours: str, theirs: str) -> tuple[Rule, Rule]:
+    return Rule(f"{ours}/scale", f"{theirs}.weight"), Rule(f"{ours}/bias", f"{theirs}.bias")
+
+
 def _hf_attention(rotary: bool) -> tuple[Rule, ...]:
     prefix = "model.layers.{i}."
     return (
@@ -143,6 +147,28 @@ TABLES["t5"] = (
 TABLES["t5_relu"] = tuple(
     dataclasses.replace(r, theirs=r.theirs.replace("wi_1", "wi")) for r in TABLES["t5"]
 )
+_VISION = "vision_model."
+_VISION_LAYER = _VISION + "model.layers.{i}."
+# Ours has the tower and its projection beside the text part; theirs, each under its own prefix.
+TABLES["llama4"] = (
+    *(dataclasses.replace(r, theirs="language_model." + r.theirs) for r in TABLES["llama4_text"]),
+    *_linear("vision/patches", _VISION + "patch_embedding.linear"),
+    Rule("vision/class_token", _VISION + "class_embedding"),
+    Rule("vision/positions", _VISION + "positional_embedding_vlm"),
+    *_layer_norm("vision/norm_pre", _VISION + "layernorm_pre"),
+    *_layer_norm("vision/norm_post", _VISION + "layernorm_post"),
+    *_layer_norm("vision/attention_norm", _VISION_LAYER + "input_layernorm"),
+    *_layer_norm("vision/feed_forward_norm", _VISION_LAYER + "post_attention_layernorm"),
+    *_linear("vision/attention/q_proj", _VISION_LAYER + "self_attn.q_proj", rotary=True),
+    *_linear("vision/attention/k_proj", _VISION_LAYER + "self_attn.k_proj", rotary=True),
+    *_linear("vision/attention/v_proj", _VISION_LAYER + "self_attn.v_proj"),
+    *_linear("vision/attention/o_proj", _VISION_LAYER + "self_attn.o_proj"),
+    *_linear("vision/up", _VISION_LAYER + "mlp.fc1"),
+    *_linear("vision/down", _VISION_LAYER + "mlp.fc2"),
+    *_linear("vision/adapter/up", _VISION + "vision_adapter.mlp.fc1"),
+    *_linear("vision/adapter/down", _VISION + "vision_adapter.mlp.fc2"),
+    *_linear("projection", "multi_modal_projector.linear_1"),
+)
 # The blocks of MobileLLM are stored once and named as in Llama; sharing is in the config.
 TABLES["mobilellm"] = TABLES["llama"]
 
@@ -177,7 +203,8 @@ def place(
     Args:
       config: the model.
       shapes: of our variables, `segments/<s>/<block>/...` with the repetition as first axis, or
-        `layers/...` with the layer, for models whose layers are all of one kind.
+        `layers/...` (also inside of a part, `vision/layers/...`) with the layer, for stacks whose
+        layers are all of one kind.
       architecture: a key of `TABLES`.
       present: the tensors that exist; decides between alternative names on import.
     Raises:
@@ -191,7 +218,7 @@ def place(
         if path.startswith("segments/"):
             inside = path.split("/", 3)[3]
         else:
-            inside = path.removeprefix("layers/")
+            inside = _in_stack(path)[1]
         if inside not in rules:
             raise JaxherdError(
                 f"{architecture} checkpoints have no place for {inside!r}: use format='jaxherd'."
@@ -204,14 +231,21 @@ def place(
     return found
 
 
+def _in_stack(path: str) -> tuple[bool, str]:
+    """Return whether a variable is stacked over the layers of one kind, and its path without them."""
+    part, found, rest = path.rpartition("layers/")
+    return bool(found), part + rest
+
+
 def _slots(
     config: Any, path: str, shape: tuple[int, ...], rules: list[Rule]
 ) -> Iterator[list[list[Placement]]]:
     """Yield, for every layer of a variable, the alternative lists of placements."""
-    if path.startswith("layers/"):
+    if _in_stack(path)[0]:
+        head_dim = config.vision.attention.head_dim if path.startswith("vision/") else 0
         for i in range(shape[0]):
             names = [(r.theirs.format(i=i), r.their_shape(shape[1:]), r) for r in rules]
-            yield [[Placement(name, theirs, path, (i,), r)] for name, theirs, r in names]
+            yield [[Placement(name, theirs, path, (i,), r, head_dim)] for name, theirs, r in names]
         return
     if not path.startswith("segments/"):
         yield [[Placement(r.theirs, r.their_shape(shape), path, (), r)] for r in rules]

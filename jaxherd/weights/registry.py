@@ -17,6 +17,7 @@ from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.layers.vector_quantiser import QuantiserConfig
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
+from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig
 from jaxherd.models.t5_encoder import T5EncoderConfig
@@ -25,6 +26,7 @@ from jaxherd.models.velocity_transformer import (
     TextStates,
     VelocityTransformerConfig,
 )
+from jaxherd.models.vision_tower import VisionTowerConfig
 
 FORMAT, VERSION = "jaxherd", 1
 
@@ -38,6 +40,7 @@ CONFIG_CLASSES: list[type] = [
     LabelEmbedding,
     LayerConfig,
     MoeConfig,
+    MultimodalDecoderConfig,
     QuantiserConfig,
     AveragedQuantiserConfig,
     RopeConfig,
@@ -48,6 +51,7 @@ CONFIG_CLASSES: list[type] = [
     TemperatureTuning,
     TextStates,
     VelocityTransformerConfig,
+    VisionTowerConfig,
 ]
 
 

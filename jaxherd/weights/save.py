@@ -56,7 +56,10 @@ def save(
     _, params, buffers = split(module)
     if format == "hf":
         architecture, entries = write_config(module.config)
-        entries |= _token_ids(generation)
+        ids = _token_ids(generation)
+        entries |= ids
+        if "text_config" in entries:
+            entries["text_config"] |= ids
         tensors = _hf_tensors(module.config, architecture, flatten(params) | flatten(buffers))
         # What transformers calls the type of most of the weights.
         entries["torch_dtype"] = flatten(params)["embedding/table"].dtype.name

@@ -34,10 +34,7 @@ def load_trained(folder: pathlib.Path, dtype: Any = None) -> Any:
     Raises:
       JaxherdError: the model's class is not registered, or no checkpoint is sound.
     """
-    stage = registry.read_json(folder / "config.json")["stage"]
-    config = registry.own_config(
-        {"version": registry.VERSION, "model": stage.get("model")}, str(folder)
-    )
+    stage, config = registry.read_json(folder / "config.json")["stage"], trained_config(folder)
     kind = jnp.dtype(stage.get("step", {}).get("param_dtype", "float32"))
     definition, *parts = split(abstract(config.build, jax.random.key(0)))
 
@@ -47,6 +44,18 @@ def load_trained(folder: pathlib.Path, dtype: Any = None) -> Any:
 
     params, buffers = load_replica(folder, *jax.tree.map(placed, parts))
     return cast_floating(definition.merge(params, buffers), dtype)
+
+
+def trained_config(folder: pathlib.Path) -> Any:
+    """Return the config of the model that a stage trains.
+
+    Raises:
+      JaxherdError: the model's class is not registered.
+    """
+    stage = registry.read_json(folder / "config.json")["stage"]
+    return registry.own_config(
+        {"version": registry.VERSION, "model": stage.get("model")}, str(folder)
+    )
 
 
 def _is_stage(path: pathlib.Path) -> bool:

@@ -27,6 +27,19 @@ def test_control_tokens_come_from_the_template_alone():
     assert tokenizer.decode(ids, skip_special=False) == render(TEMPLATE, forged)
 
 
+def test_images_go_before_the_content_of_their_message():
+    tokenizer = ByteTokenizer()
+    plain = encode_chat(tokenizer, USER, template=TEMPLATE)
+    at = plain.index(ord("H"))
+    with_images = [{**USER[0], "images": [[7, 8], [9]]}]
+    wanted = [*plain[:at], 7, 8, 9, *plain[at:]]
+    assert encode_chat(tokenizer, with_images, template=TEMPLATE) == wanted
+    assert encode_chat(tokenizer, [{**USER[0], "images": []}], template=TEMPLATE) == plain
+    for template in ("{{ messages[0]['role'] }}", TEMPLATE + TEMPLATE):
+        with pytest.raises(JaxherdError, match="takes no images"):
+            encode_chat(tokenizer, with_images, template=template)
+
+
 @pytest.mark.parametrize(
     "template, words",
     [

@@ -20,6 +20,38 @@ def random_tokens(length: int, vocab_size: int, batch: int = 2) -> np.ndarray:
     return np.random.RandomState(length).randint(0, vocab_size, (batch, length))
 
 
+def random_tiles(count: int, size: int, channels: int = 3) -> np.ndarray:
+    """Return tiles [N, Y, X, C] in [-1, 1]."""
+    random = np.random.RandomState(1000 * size + count)
+    return random.uniform(-1, 1, (count, size, size, channels)).astype(np.float32)
+
+
+def random_picture(height: int, width: int) -> np.ndarray:
+    """Return a picture [Y, X, 3] of bytes: waves with noise over them."""
+    random = np.random.RandomState(height * 1000 + width)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / (3 + c) + y / (5 - c)) for c in range(3)]
+    picture = 128 + 80 * np.stack(waves, axis=-1) + 20 * random.normal(size=(height, width, 3))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def placeholder_tokens(
+    images: list[list[int]], features: int, length: int, vocab_size: int
+) -> np.ndarray:
+    """Return rows [B, T] of text with, for each image of so many tiles, placeholders (V - 1)."""
+    random = np.random.RandomState(length)
+    text = random.randint(0, vocab_size - 1, (len(images), length))
+    for row, counts in zip(text, images):
+        at = 2
+        for tiles in counts:
+            for _ in range(tiles):
+                row[at : at + features] = vocab_size - 1
+                at += features + 1
+            at += 1
+        assert at <= length
+    return text
+
+
 def codec_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return U(0.3, 0.9) for weight-norm gains, U(0.5, 1.5) for snake's, else `random_tensor`.
 

@@ -17,6 +17,8 @@ from jaxherd.models.periods import find_segments, locate, stacked_layers
 PUBLISHED = {
     "llama4-scout": 107_769_861_120,
     "llama4-maverick": 400_711_848_960,
+    "llama4-scout-multimodal": 108_641_793_536,
+    "llama4-maverick-multimodal": 401_583_781_376,
     "llama3.2-1b": 1_235_814_400,
     "smollm2-135m": 134_515_008,
     "mobilellm-125m": 124_635_456,

@@ -1,7 +1,9 @@
 """Counts, FLOPs, precision, the null condition, and shardings of the velocity network."""
 
 import dataclasses
+import importlib.util
 import math
+import pathlib
 
 import chex
 import jax
@@ -24,6 +26,13 @@ from jaxherd.models.velocity_transformer import (
 )
 from jaxherd.weights.load import load
 from jaxherd.weights.save import save
+
+_spec = importlib.util.spec_from_file_location(
+    "products", pathlib.Path(__file__).with_name("products.py")
+)
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+products = _module.products
 
 TINY = VelocityTransformerConfig(16, 5, 2, latent_dim=6, conditioner=TextStates(10))
 ODD = dataclasses.replace(
@@ -70,30 +79,6 @@ def test_the_order_of_skip_projections():
     assert TINY.num_skips == 2 and TINY.skip_order() == (1, 0)
     assert dataclasses.replace(TINY, num_layers=6).skip_order() == (0, 1)
     assert PLAIN.num_skips == 0
-
-
-def products(jaxpr, times=1) -> float:
-    """FLOPs of all dot products in a jaxpr, scans by their length."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[i] for i in contracted)
-            total += 2.0 * times * inner * math.prod(equation.outvars[0].aval.shape)
-        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in inner_jaxprs(list(equation.params.values())):
-            total += products(inner, times * repeats)
-    return total
-
-
-def inner_jaxprs(values):
-    """Yield the jaxprs among an equation's parameters."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from inner_jaxprs(value)
-        elif hasattr(value, "eqns"):
-            yield getattr(value, "jaxpr", value)
 
 
 @pytest.mark.parametrize("config", [TINY, ODD, PLAIN], ids=["tiny", "odd", "plain"])

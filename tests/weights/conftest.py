@@ -16,15 +16,36 @@ def _random_weights():
     return module
 
 
-random_tensor = _random_weights().random_tensor
+random_weights = _random_weights()
+random_tensor = random_weights.random_tensor
+
+
+@pytest.fixture
+def vision_golden(golden_folder):
+    """Return a function that does the same for multimodal cases, with tiles among the arrays."""
+
+    def write(name: str, dtype=np.float32):
+        folder, golden = golden_folder(name, dtype, "llama4_vision")
+        return folder, with_tiles(golden, json.loads((folder / "config.json").read_text()))
+
+    return write
+
+
+def with_tiles(golden: dict, config: dict) -> dict:
+    """Return the arrays of a multimodal case with the tiles that its model saw."""
+    vision = config["vision_config"]
+    tiles = random_weights.random_tiles(
+        golden["features"].shape[0], vision["image_size"], vision["num_channels"]
+    )
+    return golden | {"tiles": tiles}
 
 
 @pytest.fixture
 def golden_folder(tmp_path):
     """Return a function that writes the HF folder of a golden case and gives (folder, arrays)."""
 
-    def write(name: str, dtype=np.float32):
-        golden = dict(np.load(GOLDEN / "transformers" / f"{name}.npz"))
+    def write(name: str, dtype=np.float32, suite: str = "transformers"):
+        golden = dict(np.load(GOLDEN / suite / f"{name}.npz"))
         shapes = json.loads(str(golden["shapes"]))
         folder = tmp_path / name
         folder.mkdir()

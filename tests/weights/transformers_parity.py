@@ -37,12 +37,13 @@ def exported(config, tree) -> dict[str, np.ndarray]:
     }
 
 
-def check_logits_and_gradients(module, golden) -> None:
+def check_logits_and_gradients(module, golden, **inputs) -> None:
+    """Compare with what the golden holds; `inputs` are what the module takes beside tokens."""
     tokens = jnp.asarray(golden["tokens"], jnp.int32)
     definition, params, buffers = split(module)
 
     def loss(params):
-        logits = definition.merge(params, buffers)(tokens)
+        logits = definition.merge(params, buffers)(tokens, **inputs)
         scores = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(scores, tokens[:, 1:, None], -1).mean(), logits
 
