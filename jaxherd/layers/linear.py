@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxherd.core.matmul_format import active_format
 from jaxherd.core.modules import Axes, Module, parameter
 from jaxherd.core.platform import platform
 from jaxherd.core.sharding import shard
 from jaxherd.kernels import QuantizedMatrix, quantized_matmul
+from jaxherd.layers import fp8
 from jaxherd.layers.lookup import lookup
 
 
@@ -24,6 +26,8 @@ def matmul(
 ) -> Float[Array, "... F"]:
     """Return x W; a quantised W is read as it is and gets no gradient (`quantized_matmul`).
 
+    Inside of `core.matmul_format` "fp8" the operands are rounded (`jaxherd.layers.fp8`).
+
     On CPU the gradient of W is asked for as x^T dy, already in W's own order.  The general rule
     forms its transpose, for which XLA on CPU recomputes dy element by element in transposed order,
     slower than the product itself.
@@ -31,7 +35,10 @@ def matmul(
     if isinstance(w_DF, QuantizedMatrix):
         y = quantized_matmul(x.reshape(-1, x.shape[-1]), w_DF)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    return _matmul(x, w_DF) if platform() == "cpu" else x @ w_DF
+    if active_format() == "fp8":
+        x, w_DF = fp8.operand(x, -1), fp8.operand(w_DF, 0)
+    y = _matmul(x, w_DF) if platform() == "cpu" else x @ w_DF
+    return fp8.product(y) if active_format() == "fp8" else y
 
 
 @jax.custom_vjp

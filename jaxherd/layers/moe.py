@@ -14,8 +14,10 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxherd.core import sharding
+from jaxherd.core.matmul_format import active_format
 from jaxherd.core.modules import Module, buffer, parameter
 from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from jaxherd.layers import fp8
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.linear import normal
@@ -262,7 +264,16 @@ def _swiglu_experts(implementation, rows_RD, sizes_E, weights, score_R=None):
     Rows are sorted by expert.
     """
     gate_EDF, up_EDF, down_EFD = weights
+    eight_bits = active_format() == "fp8"
+    if eight_bits:
+        rows_RD = fp8.operand(rows_RD, -1)
+        gate_EDF, up_EDF, down_EFD = (fp8.operand(w, 1) for w in weights)
     hidden_RF = grouped_swiglu(
         rows_RD, gate_EDF, up_EDF, sizes_E, row_scale_M=score_R, implementation=implementation
     )
-    return grouped_matmul(hidden_RF, down_EFD, sizes_E, implementation=implementation)
+    if eight_bits:
+        # The fused kernel gives no access to the two products; the gradient of what they make is
+        # rounded.
+        hidden_RF = fp8.operand(fp8.product(hidden_RF), -1)
+    out_RD = grouped_matmul(hidden_RF, down_EFD, sizes_E, implementation=implementation)
+    return fp8.product(out_RD) if eight_bits else out_RD

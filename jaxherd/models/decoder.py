@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxherd.core.matmul_format import matmul_format
 from jaxherd.core.modules import (
     Module,
     ModuleList,
@@ -450,7 +451,8 @@ def _score_tied(head: Embedding, hidden: jax.Array) -> jax.Array:
 
 
 def _score_untied(head: Linear, hidden: jax.Array) -> jax.Array:
-    return head(hidden).astype(jnp.float32)
+    with matmul_format("plain"):  # logits are not rounded in any format
+        return head(hidden).astype(jnp.float32)
 
 
 def _scan(body, x, stacked_tree, length: int, backwards: bool):

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.matmul_format import matmul_format
 from jaxherd.core.modules import (
     Definition,
     Tree,
@@ -62,6 +63,8 @@ class StepConfig:
     Attributes:
       compute_dtype: parameters are cast to it for the forward and backward pass; they are stored
         and updated in `param_dtype`.
+      matmuls: "plain", products in `compute_dtype`; "fp8", their operands rounded to eight bits where
+        the model's layers know how (`jaxherd.core.matmul_format`).
       accumulate: microbatches a step; the batch must divide by it.
       average_decay: keep a moving average of the parameters, a' = d a + (1 - d) p, which
         evaluations, callbacks and later stages use in their place; None keeps none.
@@ -70,6 +73,7 @@ class StepConfig:
 
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    matmuls: Literal["plain", "fp8"] = "plain"
     accumulate: int = 1
     average_decay: float | None = None
     average_every: int = 1
@@ -264,6 +268,10 @@ class Program:
     def _loss(self, params, buffers, batch, key, frozen, objective, step):
         params = cast_floating(params, jnp.dtype(self.config.compute_dtype))
         model = self.definition.merge(params, buffers)
+        with matmul_format(self.config.matmuls):
+            return self._objective(objective, model, batch, key, frozen, step)
+
+    def _objective(self, objective, model, batch, key, frozen, step):
         given = None
         if frozen is not None:
             frozen = cast_floating(frozen, jnp.dtype(self.config.compute_dtype))

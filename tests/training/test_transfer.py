@@ -43,7 +43,9 @@ def test_the_table():
 
 def test_depth_batch_and_tokens():
     _, params, axes = parts(model(32))
-    given = Transfer(model(32), depth_ratio=4.0, batch_ratio=4.0, token_ratio=8.0, token_exponent=-1 / 3)
+    given = Transfer(
+        model(32), depth_ratio=4.0, batch_ratio=4.0, token_ratio=8.0, token_exponent=-1 / 3
+    )
     rates = flatten(given.multipliers(params, axes)[0])
     assert rates["embedding/table"] == pytest.approx(2 * 0.5)
     layers = [rate for path, rate in rates.items() if path.startswith("segments")]
