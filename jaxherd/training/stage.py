@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,13 +19,14 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
 from jaxherd.core.modules import flatten
+from jaxherd.core.reports import Report
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.loggers import LOGGERS, check_loggers, open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
-from jaxherd.training.progress import Progress
+from jaxherd.training.progress import Counts, Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
 from jaxherd.training.transfer import Transfer
 
@@ -175,6 +176,8 @@ class TrainStage:
     frozen: tuple[FrozenModel, ...] = ()
     transfer: Transfer | None = None
 
+    writes: ClassVar[str] = "checkpoints/, config.json, metrics.jsonl, events and plots of them"
+
     def __post_init__(self):
         needed = [f.stage for f in self.frozen] + ([self.initial] if self.initial else [])
         for name in needed:
@@ -301,14 +304,16 @@ class _Run:
         self.stage, self.context = stage, context
         self.program = stage.program(context.devices, context.compiler_options)
         self.stop = threading.Event()
+        self.signals = _StopOnSignal(self.stop)
         self.frozen: Any = None
 
     def run(self) -> dict[str, Any]:
         stage, context, config = self.stage, self.context, self.stage.run_config
-        # What is wrong with the held-out data is told now, not after hours of training.
-        for evaluation in stage.evaluations:
-            _close(self._open(evaluation))
-        data = open_data(stage.data, "train", context.seed, context.artifacts)
+        with Counts(stage.name, quiet=context.quiet or jax.process_index() != 0) as report:
+            # What is wrong with the held-out data is told now, not after hours of training.
+            for evaluation in stage.evaluations:
+                _close(self._open(evaluation, report))
+            data = open_data(stage.data, "train", context.seed, context.artifacts, report)
         checkpoints = Checkpoints(
             context.folder / "checkpoints",
             keep=config.keep_checkpoints,
@@ -332,7 +337,7 @@ class _Run:
             running = Running(stage, context, self.program, state, first)
             if first == 0:
                 self._callbacks(running, "start")
-            with self._signals(), self._progress(first) as progress:
+            with self.signals, self._progress(first) as progress:
                 summary = self._train(running, data, checkpoints, loggers, progress)
             self._callbacks(running, "end")
             return summary
@@ -462,7 +467,8 @@ class _Run:
         checkpoints.wait()
         raise Interrupted(
             f"{self.stage.name}: stopped at step {step}, checkpoint saved; run the same command to "
-            "go on."
+            "go on.",
+            exit_status=128 + self.signals.asked_by,
         )
 
     def _last_record(self, step: int) -> dict[str, Any]:
@@ -474,7 +480,7 @@ class _Run:
     def _log(self, step, sums, loggers, progress, units) -> dict[str, Any]:
         values = metrics_lib.means(jax.device_get(sums))
         plain = {k: (v.item() if v.ndim == 0 else v) for k, v in values.items()}
-        progress.update(step, units, plain["loss"])
+        progress.update(step, units, plain.get("loss"))
         sentence = self.stage.guards.explain(step, plain)
         if sentence and jax.process_index() == 0:
             progress.say(sentence)
@@ -517,9 +523,9 @@ class _Run:
         self._callbacks(running, "eval")
         return summary
 
-    def _open(self, evaluation: Evaluation) -> Any:
+    def _open(self, evaluation: Evaluation, report: Report | None = None) -> Any:
         source = evaluation.source(self.stage.data)
-        return open_data(source, evaluation.split, 0, self.context.artifacts)
+        return open_data(source, evaluation.split, 0, self.context.artifacts, report)
 
     def _callbacks(self, running: Running, moment: str) -> None:
         for callback in self.stage.callbacks:
@@ -536,12 +542,17 @@ class _Run:
             self.stop.set()
         return self.stop.is_set()
 
-    def _signals(self):
-        return _StopOnSignal(self.stop)
-
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop and has saved its state.
+
+    Attributes:
+      exit_status: 128 and the signal's number, as shells count: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, told: str, exit_status: int = 128 + signal.SIGTERM):
+        super().__init__(told)
+        self.exit_status = exit_status
 
 
 class _StopOnSignal:
@@ -549,10 +560,14 @@ class _StopOnSignal:
 
     Of several processes SIGTERM belongs to jax's preemption service, which tells the others; a
     Ctrl-C becomes one.
+
+    Attributes:
+      asked_by: number of the signal that this process was given; SIGTERM where another one was.
     """
 
     def __init__(self, stop: threading.Event):
         self._stop, self._old, self._interrupted = stop, {}, False
+        self.asked_by: int = signal.SIGTERM
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -564,7 +579,7 @@ class _StopOnSignal:
     def _handle(self, number, frame):
         if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._interrupted = True
+        self._interrupted, self.asked_by = True, int(number)
         # Nothing is printed here: the signal may have come in the middle of another print.
         if jax.process_count() == 1:
             self._stop.set()
@@ -620,9 +635,20 @@ def batch_shardings(spec: BatchSpec, partitioner: Partitioner, where: str = "") 
     }
 
 
-def open_data(data: Any, split: str, seed: int, artifacts: Mapping[str, Path]) -> Any:
-    """Return this process's iterator over a split; see `TrainStage` for `artifacts`."""
+def open_data(
+    data: Any,
+    split: str,
+    seed: int,
+    artifacts: Mapping[str, Path],
+    report: Report | None = None,
+) -> Any:
+    """Return this process's iterator over a split; see `TrainStage` for `artifacts`.
+
+    `report` goes to data that can tell how far the opening is (`jaxherd.core.batch.DataConfig`).
+    """
     given: dict[str, Any] = {"artifacts": dict(artifacts)} if needs_artifacts(data) else {}
+    if "report" in inspect.signature(data.build).parameters:
+        given["report"] = report
     return data.build(
         split=split,
         seed=seed,
