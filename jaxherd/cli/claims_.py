@@ -43,7 +43,7 @@ def main(
     if run and not ids:
         raise JaxherdError(f"--run: name the claims to run, among {', '.join(claims)}.")
     if run:
-        from jaxherd.training.stage import Interrupted
+        from jaxherd.training.stopping import Interrupted
 
         try:
             for claim in chosen:

@@ -38,7 +38,7 @@ def main(
         quiet: print no progress.
     """
     from jaxherd.core.runner import run_experiment
-    from jaxherd.training.stage import Interrupted
+    from jaxherd.training.stopping import Interrupted
 
     on = common.canonical(on)
     if workdir is not None and "://" in str(workdir).replace(":/", "://", 1):

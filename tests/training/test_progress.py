@@ -64,5 +64,6 @@ def test_on_a_terminal_there_is_a_bar_for_each_kind_of_work(clock, capsys, monke
         report("decoding", 3, 30)
         report("decoding", 4, 30)
         report("fetching", 1, 1)
-        found = [(t.description, t.completed, t.total) for t in report._bar.tasks]
+        bar = report._started()
+        found = [(t.description, t.completed, t.total) for t in bar.tasks]
     assert found == [("codec: decoding", 4, 30), ("codec: fetching", 1, 1)]

@@ -20,7 +20,8 @@ from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.metrics import pair
 from jaxherd.training.optimizers import Optimizer, Schedule
-from jaxherd.training.stage import Interrupted, RunConfig, StepConfig, TrainStage
+from jaxherd.training.stage import RunConfig, StepConfig, TrainStage
+from jaxherd.training.stopping import Interrupted
 
 
 class Line(Module):
