@@ -61,8 +61,8 @@ def multi_scale_stft(
     Raises:
       JaxherdError: a signal that is too short for one of the transforms.
     """
-    views = (stereo_views(wave_BTC, stereo) for wave_BTC in (output_BTC, target_BTC))
-    return stft_distance(*views, config)
+    output_BVT, target_BVT = (stereo_views(wave, stereo) for wave in (output_BTC, target_BTC))
+    return stft_distance(output_BVT, target_BVT, config)
 
 
 def stft_distance(

@@ -143,7 +143,8 @@ def open_tracks(
         if report is not None and not _place(path, **form)[1].is_file():
             if not told:
                 report(what, 0, len(paths))
-            report(what, number, len(paths))
+            if number:
+                report(what, number, len(paths))
             told = True
         found.append(open_track(path, **form))
     if report is not None and told:
