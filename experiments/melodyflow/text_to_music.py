@@ -157,7 +157,8 @@ def _large(flow: VelocityTransformerConfig, batch: int, coupling_group: int) -> 
     codec = TrainStage(
         name="codec",
         model=CodecTrainingConfig(codec_presets.melodyflow_codec(), stft_slot=True),
-        # Point it at your own recordings: --set codec.data.groups.0.sources.0=/path/to/music
+        # Point it, and the stage `latents`, at your own recordings:
+        # --set codec.data.groups.0.sources.0=/path/to/music and latents.data... likewise.
         data=AudioClips(music, clip_samples=48_000, batch_size=64),
         objective=codec_objective,
         optimizer=Optimizer(

@@ -19,6 +19,11 @@ from jaxherd.core.experiment import describe, write_json
 from jaxherd.core.runner import prepare_folder, versions
 
 RECORDS = "records"
+STALE = (
+    "the claim's protocol (its text, threshold, seeds or a config's value) has changed since its "
+    "record was made, or the record was edited; what is shown came out under the older protocol, and "
+    "`jaxherd claims ID --run` decides anew."
+)
 
 
 def discover(root: Path | None = None) -> dict[str, Claim]:

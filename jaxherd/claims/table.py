@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxherd.claims import ledger
 from jaxherd.claims.claim import Claim
-from jaxherd.core import resources
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core import marked_text, resources
 
 BEGIN = "<!-- claims: begin (written by `jaxherd claims --readme`) -->"
 END = "<!-- claims: end -->"
@@ -40,6 +39,8 @@ def markdown(table: Iterable[Mapping[str, Any]]) -> str:
     for row in table:
         cells = [f"`{row['id']}`: {row['claim']}", *(str(row[name]) for name in COLUMNS[1:])]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    if any(row["verdict"] == "stale" for row in table):
+        lines += ["", f"stale: {ledger.STALE}"]
     for row in table:
         if row["reasons"]:
             lines += ["", f"`{row['id']}`, {row['date']}, condition by condition:", ""]
@@ -59,11 +60,7 @@ def with_table(text: str, table: str, *, name: str = "README.md") -> str:
     Raises:
       JaxherdError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise JaxherdError(f"{name} needs the two lines {BEGIN!r} and {END!r}, once each.")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return marked_text.replaced(text, BEGIN, END, table, name=name)
 
 
 def write_readme(
@@ -78,12 +75,6 @@ def write_readme(
       check: only look.
     """
     root = resources.folder("experiments") if root is None else root
-    path = root / paper / "README.md"
-    if not path.is_file():
-        raise JaxherdError(f"{path} does not exist: write it, with the markers {BEGIN} and {END}.")
-    old = path.read_text(encoding="utf-8")
     chosen = [claim for claim in claims if claim.paper == paper]
-    new = with_table(old, markdown(rows(chosen, root)), name=str(path))
-    if new != old and not check:
-        path.write_text(new, encoding="utf-8")
-    return new != old
+    path, inside = root / paper / "README.md", markdown(rows(chosen, root))
+    return marked_text.update(path, BEGIN, END, inside, check=check)

@@ -19,6 +19,9 @@ def main(
 ) -> int:
     """Show the ledger of claims, or run the named ones.
 
+    A verdict is holds, does not hold or inconclusive; "not run" without a record; and stale where
+    the claim's protocol (text, threshold, seeds, any value of a config) has changed since its record
+    was made, so that the figures shown are those of the older protocol.
     Example: jaxherd claims llama4/irope-length --run
 
     Args:
@@ -40,14 +43,14 @@ def main(
     if run and not ids:
         raise JaxherdError(f"--run: name the claims to run, among {', '.join(claims)}.")
     if run:
-        from jaxherd.training.stage import Interrupted
+        from jaxherd.training.stopping import Interrupted
 
         try:
             for claim in chosen:
                 ledger.run_claim(claim, workdir, root=records, say=_log)
         except Interrupted as stopped:
             _log(str(stopped))
-            return 143
+            return stopped.exit_status
     if (run or readme) and records == root:
         for paper in dict.fromkeys(claim.paper for claim in chosen):
             table.write_readme(paper, claims.values(), root)
@@ -69,12 +72,9 @@ def _places(workdir: Path, run: bool, readme: bool) -> tuple[Path, Path]:
     """
     from jaxherd.core import resources
 
-    root = resources.folder("experiments")
-    if not resources.installed():
-        return root, root
-    checkout = resources.checkout()
-    if checkout is not None:
-        return checkout / "experiments", checkout / "experiments"
+    root, place = resources.folder("experiments"), resources.in_checkout("experiments")
+    if place is not None:
+        return place, place
     if not run:
         if readme:
             raise JaxherdError("--readme writes into a checkout of jaxherd: start it in one.")
@@ -91,8 +91,9 @@ def _log(text: str) -> None:
 
 
 def _print(rows) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxherd.claims import ledger
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 1, 0))
     for title in ("claim", "paper's figure", "ours", "seeds", "verdict"):
@@ -105,7 +106,9 @@ def _print(rows) -> None:
             str(row["seeds"]),
             row["verdict"],
         )
-    Console().print(table)
+    common.console().print(table)
+    if any(row["verdict"] == "stale" for row in rows):
+        print(f"stale: {ledger.STALE}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from jaxherd.core.host_memory import keep_freed_memory
 Overrides = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="path.to.field=value")
 ]
+# Columns of a line that is not shown on a terminal.
+_UNWRAPPED = 10_000
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
@@ -145,6 +147,18 @@ def _check_slice(on: str, devices: tuple[Any, ...]) -> None:
             f"--on {on} is {target.devices} devices of {target.chip.device_kind!r}, and here are "
             f"{len(devices)} of {kind!r}: name the slice that is here, or write --on tpu."
         )
+
+
+def console() -> Any:
+    """Return rich's console of the standard output: as wide as a terminal, or as a table wants.
+
+    What is piped into a file or another program is not wrapped.
+    """
+    import sys
+
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_UNWRAPPED)
 
 
 def persistent_cache() -> None:

@@ -1,6 +1,7 @@
 """`jaxherd inspect`: what an experiment is, before anything trains."""
 
 import dataclasses
+import inspect
 import json as json_lib
 from typing import Any
 
@@ -8,7 +9,7 @@ import tyro
 
 from jaxherd.cli import common
 from jaxherd.core.errors import JaxherdError
-from jaxherd.core.experiment import Scale, describe
+from jaxherd.core.experiment import SCALES, Scale, describe
 
 
 def main(
@@ -19,24 +20,35 @@ def main(
     set: common.Overrides = (),
     scale: Scale | None = None,
     batch: bool = True,
+    fields: bool = False,
 ) -> int:
-    """Show parameters, FLOPs, memory of the state per device, the layout, and one decoded batch.
+    """Show each stage: what it reads and writes, and of those that train parameters, FLOPs, memory of
+    the state per device, the layout, and one decoded batch.
 
     Example: jaxherd inspect llama4/scout --on cpu
 
     Args:
         experiment: `<paper>/<file>`, or the path of your own file.
-        on: a target such as cpu, gpu:8 or v5p:4x4x8; the experiment's own by default.
-        json: print JSON, with every field that --set can change.
-        set: override any field of the experiment.
-        scale: cpu, gpu or full; follows from --on if not given.
+        on: a target such as cpu, gpu:8 or v5p:4x4x8; that of the full scale by default.
+        json: print JSON, with the whole config.
+        set: override any field of the experiment, by path; --fields lists them.
+        scale: cpu, gpu or full; follows from --on if not given, and is full without both.
         batch: read and decode one batch of data (only at the cpu scale, where the data is small).
+        fields: print only the fields that --set can change, as path=value with the values of now.
     """
     from jaxherd.core.targets import parse_target
 
     common.use_platform("cpu")
     chosen = scale or ("full" if on is None else common.scale_for(on, None))
     loaded = common.load_experiment(experiment, chosen, set)
+    if fields:
+        found = loaded.fields()
+        print(
+            json_lib.dumps(found, indent=2)
+            if json
+            else "\n".join(f"{path}={value}" for path, value in found.items())
+        )
+        return 0
     target = parse_target(on or loaded.target)
     stages = [_stage(stage, target, batch and chosen == "cpu") for stage in loaded.stages]
     record = {
@@ -54,12 +66,17 @@ def main(
 
 
 def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": stage.name,
+        "does": _first_sentence(stage),
+        "reads": list(stage.reads),
+        "writes": getattr(stage, "writes", ""),
+    }
     if not hasattr(stage, "optimizer"):
-        return {"name": stage.name}
+        return about
     model, spec = stage.model, stage.data.batch_spec()
     partitioner = _partitioner(stage, target)
-    about = {
-        "name": stage.name,
+    about |= {
         "parameters": model.num_params(),
         "active_parameters": getattr(model, "active_params", model.num_params)(),
         "steps": stage.run_config.steps,
@@ -81,9 +98,23 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
             for s in model.segments()
         ]
     if read_batch and not getattr(stage.data, "needs_artifacts", False):
-        data = stage.data.build(split="train", seed=0)
-        about["preview"] = stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
+        about["preview"] = _preview(stage)
     return about
+
+
+def _first_sentence(stage: Any) -> str:
+    """Return the first line of the docstring of the stage's class; a dataclass may have none."""
+    line = (inspect.getdoc(type(stage)) or "").partition("\n")[0]
+    return "" if line.startswith(f"{type(stage).__name__}(") else line
+
+
+def _preview(stage: Any) -> str:
+    from jaxherd.training.progress import Counts
+    from jaxherd.training.stage import open_data
+
+    with Counts(stage.name) as report:
+        data = open_data(stage.data, "train", 0, {}, report)
+    return stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
 
 
 def _kind(layer: Any) -> str:
@@ -150,18 +181,19 @@ def _problem(spec: Any, partitioner: Any) -> str | None:
 
 
 def _print(record: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = common.console()
     console.print(f"[bold]{record['experiment']}[/bold] ({record['scale']}) on {record['target']}")
+    others = " or ".join(f"--scale {scale}" for scale in SCALES if scale != record["scale"])
+    console.print(f"This is the scale {record['scale']!r}; {others} shows another.")
     for stage in record["stages"]:
         table = Table(
             title=f"stage {stage['name']}", box=None, show_header=False, title_justify="left"
         )
         for name, value in stage.items():
-            if name in ("name", "batch", "preview"):
+            if name in ("name", "batch", "preview") or value in ("", []):
                 continue
             table.add_row(name.replace("_", " "), escape(_shown(value)))
         for name, (shape, dtype, axes) in stage.get("batch", {}).items():
@@ -177,4 +209,6 @@ def _shown(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
     return str(value)

@@ -18,7 +18,6 @@ def main(json: common.Json = False) -> int:
     if json:
         print(json_lib.dumps(rows, indent=2))
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -30,7 +29,7 @@ def main(json: common.Json = False) -> int:
             for scale in SCALES
         ]
         table.add_row(row["experiment"], *cells, row["summary"])
-    Console().print(table)
+    common.console().print(table)
     return 0
 
 

@@ -1,8 +1,12 @@
 """`jaxherd VERB ...`: finds the verb's file, parses its arguments, calls it."""
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 VERBS = {
     "list": "experiments by paper, with scales and targets",
@@ -15,6 +19,8 @@ VERBS = {
     "convert": "convert a model between formats",
     "launch": "run an experiment on a TPU slice in the cloud",
 }
+# Verbs that go on where they were stopped when they are called again.
+RESUMED = ("run", "claims")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,24 +43,52 @@ def main(arguments: list[str] | None = None) -> int:
     # Quiet chatter of libraries, unless the user asked for it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "2")
-    module = importlib.import_module(f"jaxherd.cli.{verb}_")
     try:
-        import tyro
-        import tyro.extras
-
-        given, prog = arguments[1:], f"jaxherd {verb}"
-        if hasattr(module, "VERBS"):
-            return tyro.extras.subcommand_cli_from_dict(module.VERBS, prog=prog, args=given) or 0
-        return tyro.cli(module.main, prog=prog, args=given) or 0
+        with _sigterm_interrupts():
+            return _call(verb, arguments[1:])
     except JaxherdError as error:
         print(f"jaxherd: {error}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("jaxherd: interrupted.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        remedy = "; run the same command to go on" if verb in RESUMED else ""
+        print(f"jaxherd: interrupted{remedy}.", file=sys.stderr)
+        return 128 + int(signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT)
+
+
+def _call(verb: str, given: list[str]) -> int:
+    module = importlib.import_module(f"jaxherd.cli.{verb}_")
+    import tyro
+    import tyro.extras
+
+    prog = f"jaxherd {verb}"
+    if hasattr(module, "VERBS"):
+        return tyro.extras.subcommand_cli_from_dict(module.VERBS, prog=prog, args=given) or 0
+    return tyro.cli(module.main, prog=prog, args=given) or 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM outside of training, which has its own way to stop: as Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end what is done as Ctrl-C does, so that it is told and files are tidied up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number, frame):
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if before is not None:  # set by other than Python: it cannot be put back
+            signal.signal(signal.SIGTERM, before)
 
 
 def _usage() -> str:

@@ -10,6 +10,7 @@ import tyro
 
 from jaxherd.cli import common
 from jaxherd.core.errors import JaxherdError
+from jaxherd.training.progress import Counts
 
 Method = Literal["regularized", "fixed_point", "ddim", "renoise", "sdedit"]
 
@@ -42,7 +43,7 @@ def generate(
             given.
         steps: network evaluations without guidance; guidance doubles them.
         solver: midpoint (even steps) or euler.
-        cfg: guidance w of v = (1 + w) v_text - w v_null.
+        cfg: guidance w of v = (1 + w) v_text - w v_null; at most 100.
         seed: of the noise.
         plot: also draw spectrogram and latents to this .png file.
         on: cpu, gpu or tpu.
@@ -59,7 +60,7 @@ def generate(
     _tell_length(seconds or loaded.clip_seconds, loaded)
     import jax
 
-    with _Progress() as report:
+    with Counts() as report:
         made = loaded.generate(
             prompt, seconds or loaded.clip_seconds, plan, jax.random.key(seed), report=report
         )
@@ -98,7 +99,7 @@ def edit(
         target_flowstep: how far towards noise the inversion goes, from 0 (all the way, the
             strongest edit) to below 1.
         steps: of inversion and generation each.
-        cfg: guidance of the generation.
+        cfg: guidance of the generation; at most 100.
         seed: of the posterior's sample and of the inversion.
         plot: also draw spectrograms and latents to this .png file.
         on: cpu, gpu or tpu.
@@ -118,7 +119,7 @@ def edit(
     _tell_length(len(wave) / loaded.sample_rate, loaded)
     import jax
 
-    with _Progress() as report:
+    with Counts() as report:
         made = loaded.edit(
             wave[None],
             prompt,
@@ -167,7 +168,7 @@ def encode(
             samples, peak = samples + len(wave), max(peak, float(np.abs(wave).max()))
             yield wave[None]
 
-    with _Progress() as report:
+    with Counts() as report:
         frames = config.frames(math.ceil(info.seconds * loaded.sample_rate))
         latents = loaded.encode_pieces(pieces(), report=report, frames=frames)[0]
     _tell_silence(source, peak)
@@ -211,7 +212,7 @@ def decode(
             done += len(piece)
             yield piece
 
-    with _Progress() as report:
+    with Counts() as report:
         write_audio_pieces(out, pieces(report), loaded.sample_rate, loaded.channels)
     print(f"wrote {done / loaded.sample_rate:.2f} s to {out}")
     return 0
@@ -256,6 +257,11 @@ def _tell_source(source: Path, info: Any, loaded: Any) -> None:
         print(
             f"note: {source.name} is at {info.sample_rate} Hz, resampled to the model's "
             f"{loaded.sample_rate} Hz."
+        )
+    if info.streamed:
+        print(
+            f"note: the header of {source.name} does not say how long it is; it is read to its end, "
+            "and whether it was cut off cannot be told."
         )
 
 
@@ -308,27 +314,6 @@ def _finish(
             "source": before, "result": made.wave_BTC[0]}  # fmt: skip
         music_figure(plot, waves, made.latents_BFL[0], loaded.sample_rate, loaded.frame_rate)
         print(f"drew {plot}")
-
-
-class _Progress:
-    """A bar a kind of work, on standard error; called as `report(what, done, total)`."""
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True)
-        self._tasks: dict[str, Any] = {}
-        self._bar.start()
-        return self
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done)
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
 
 
 VERBS = {"generate": generate, "edit": edit, "encode": encode, "decode": decode}

@@ -1,5 +1,6 @@
 """`jaxherd plan`: compile an experiment's step for a slice that is not here."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxherd.core.experiment import Experiment, Scale
 
 
 def main(
-    experiment: tyro.conf.Positional[str],
+    experiment: tyro.conf.Positional[str | None] = None,
     /,
     on: str | None = None,
     json: common.Json = False,
@@ -20,6 +21,7 @@ def main(
     stage: str | None = None,
     flags: str | None = None,
     save: Path | None = None,
+    readme: bool = False,
 ) -> int:
     """Compile the training step for a slice or GPUs; say whether it fits and what bounds it.
 
@@ -27,15 +29,53 @@ def main(
     Example: jaxherd plan llama4/scout --on v5p:4x4x8
 
     Args:
-        experiment: `<paper>/<file>`, or the path of your own file.
+        experiment: `<paper>/<file>`, or the path of your own file; only --readme does without.
         on: v5p:8x8x8, v5e:4x4, v5p-1024, 2*v6e:16x16, h100:8 ...; the experiment's own by default.
         json: print the plan as JSON.
-        set: override any field of the experiment.
+        set: override any field of the experiment, by path; `jaxherd inspect EXPERIMENT --fields`
+            lists them.
         scale: cpu, gpu or full; follows from --on if not given.
         stage: plan only this stage.
         flags: named set of compiler options; see tpu/flags.md.
         save: also write the JSON to this file; several stages make a list.
+        readme: bring the table of tpu/README.md up to date with the files in tpu/plans; of no
+            experiment nothing is compiled.
     """
+    folder = _readme_folder() if readme else None
+    fits = True
+    if experiment is not None:
+        fits = _plan(experiment, on, json, set, scale, stage, flags, save)
+    elif folder is None:
+        raise JaxherdError("name the experiment to plan, such as llama4/scout (`jaxherd list`).")
+    if folder is not None:
+        from jaxherd.planning.readme import write_readme
+
+        changed = write_readme(folder)
+        told = "brought up to date" if changed else "is up to date"
+        print(f"{folder / 'README.md'}: {told}", file=sys.stderr)
+    return 0 if fits else 1
+
+
+def _readme_folder() -> Path:
+    from jaxherd.core import resources
+
+    folder = resources.in_checkout("tpu")
+    if folder is None:
+        raise JaxherdError("--readme writes into a checkout of jaxherd: start it in one.")
+    return folder
+
+
+def _plan(
+    experiment: str,
+    on: str | None,
+    json: bool,
+    set: tuple[str, ...],
+    scale: Scale | None,
+    stage: str | None,
+    flags: str | None,
+    save: Path | None,
+) -> bool:
+    """Compile, print and save; returns whether all stages fit."""
     from jaxherd.core.targets import parse_target, prepare_environment
     from jaxherd.planning.report import check_plan_file, plans_json, save_plans
 
@@ -50,12 +90,12 @@ def main(
     plans = [plan_stage(loaded, item, target, flags) for item in _stages(loaded, stage)]
     for plan in plans:
         if not json:
-            plan.render()
+            plan.render(common.console())
     if json:
         print(plans_json(plans), end="")
     if save is not None:
         save_plans(plans, save)
-    return 0 if all(plan.fits for plan in plans) else 1
+    return all(plan.fits for plan in plans)
 
 
 def _stages(experiment: Experiment, name: str | None) -> list[Any]:

@@ -23,6 +23,8 @@ def main(
 ) -> int:
     """Run an experiment, or go on with it: the same command resumes at the last checkpoint.
 
+    Ctrl-C or SIGTERM stops it after the step that it is at, with a checkpoint; a second Ctrl-C at
+    once.  The exit status is then 130 or 143.
     Example: jaxherd run llama4/scout --on cpu --set pretrain.run_config.steps=50
 
     Args:
@@ -30,12 +32,13 @@ def main(
         on: where to run: cpu, cpu:8 (fake devices), gpu, gpu:8, tpu, or a slice's name.
         workdir: all output goes here; runs/<experiment>-<scale> by default.
         seed: of parameters, data order and sampling.
-        set: override any field of the experiment, by path; see `jaxherd inspect`.
+        set: override any field of the experiment, by path; `jaxherd inspect EXPERIMENT --fields`
+            with the same --on lists them all.
         scale: cpu, gpu or full; follows from --on if not given.
         quiet: print no progress.
     """
     from jaxherd.core.runner import run_experiment
-    from jaxherd.training.stage import Interrupted
+    from jaxherd.training.stopping import Interrupted
 
     on = common.canonical(on)
     if workdir is not None and "://" in str(workdir).replace(":/", "://", 1):
@@ -70,7 +73,7 @@ def main(
         )
     except Interrupted as stopped:
         say(str(stopped))
-        return 143
+        return stopped.exit_status
     if not quiet:
         say(f"done in {time.monotonic() - started:.0f} s; see {workdir / 'report.md'}")
     return 0

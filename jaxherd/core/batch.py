@@ -88,7 +88,8 @@ class DataConfig(Protocol):
     first two dimensions of the first field are not what progress should count; `batch_spec(split)`,
     where splits differ in size; `export(folder)`, which writes what users of the model need besides
     weights, such as the tokenizer; and `needs_artifacts = True`, with which `build` is also given
-    `artifacts`, the folders of the earlier stages that the stage reads, by name.
+    `artifacts`, the folders of the earlier stages that the stage reads, by name.  A `build` with an
+    argument `report` is given a `jaxherd.core.reports.Report`, or None, for what takes long.
     """
 
     def batch_spec(self) -> BatchSpec:

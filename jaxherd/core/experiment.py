@@ -23,7 +23,12 @@ SCALES: tuple[Scale, ...] = ("cpu", "gpu", "full")
 
 @runtime_checkable
 class Stage(Protocol):
-    """One resumable step of an experiment."""
+    """One resumable step of an experiment.
+
+    It may also have `writes`, what it leaves in its folder in a few words, for `jaxherd inspect`;
+    `check(devices, compiler_options)`, which raises before anything is written; and
+    `report(folder)`, its section of the run's report.
+    """
 
     @property
     def name(self) -> str:
@@ -45,8 +50,8 @@ class StageContext:
     """What a stage is given.
 
     Attributes:
-      folder: the stage's own folder; all that it writes goes here.
-      artifacts: folders of the stages that it reads, by name.
+      folder: the stage's own folder, an absolute path; all that it writes goes here.
+      artifacts: folders of the stages that it reads, by name; absolute paths.
       target: name of the target, such as "cpu" or "v5p:4x4x8".
       devices: the devices to use, in order.
       seed: of the whole run.
@@ -117,49 +122,86 @@ class Experiment:
         """Return the experiment with each `path.to.field=value` applied.
 
         The path starts with a stage's name (`pretrain.optimizer.peak=1e-3`) or with a field of
-        stages, and then applies to every stage that has it (`optimizer.peak=1e-3`).
+        stages, and then applies to every stage that has it (`optimizer.peak=1e-3`).  Of several
+        values for one field of a stage the last one counts, and the others are not looked at.
 
         Raises:
           JaxherdError: a name that does not exist, answered with the nearest one, or a wrong value.
         """
-        experiment, waiting = self, [overrides.parse_assignment(text) for text in assignments]
+        experiment, waiting = self, self._last_of_each(assignments)
         while waiting:
             # A value may be wrong only as long as a later one is not set: it is tried again then.
-            refused: list[tuple[tuple[tuple[str, ...], str], JaxherdError]] = []
-            for path, value in waiting:
+            refused: list[tuple[_Override, JaxherdError]] = []
+            for override in waiting:
                 try:
-                    experiment = experiment._with_override(path, value)
+                    experiment = experiment._with_override(override)
                 except JaxherdError as error:
-                    refused.append(((path, value), error))
+                    refused.append((override, error))
             if len(refused) == len(waiting):
                 raise refused[0][1]
-            waiting = [assignment for assignment, _ in refused]
+            waiting = [override for override, _ in refused]
         return experiment
 
-    def _with_override(self, path: tuple[str, ...], value: str) -> "Experiment":
+    def _last_of_each(self, assignments: Sequence[str]) -> list["_Override"]:
+        """Return the overrides, each without the places that a later one sets too.
+
+        So each place is set once, and it does not matter in which order the overrides succeed.
+        """
+        kept, taken = [], set()
+        for text in reversed(assignments):
+            path, value = overrides.parse_assignment(text)
+            places = self._places(path)
+            own = tuple(place for place in places if place not in taken)
+            taken.update(places)
+            if own:
+                kept.append(_Override(".".join(path), own, value))
+        return kept[::-1]
+
+    def _places(self, path: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+        """Return (stage, path inside it) of every place that a path names."""
         names = [stage.name for stage in self.stages]
         if path[0] in names and len(path) > 1:
-            stages = tuple(
-                overrides.replace_at(stage, path[1:], value, shown=".".join(path))
-                if stage.name == path[0]
-                else stage
-                for stage in self.stages
-            )
+            owners, inside = [self.stage(path[0])], path[1:]
         else:
-            owners = [stage for stage in self.stages if overrides.has_path(stage, path)]
-            if not owners:
-                fields = {f.name for stage in self.stages for f in dataclasses.fields(stage)}
-                raise JaxherdError(
-                    f"--set {'.'.join(path)}: {self.name} has no stage or field {path[0]!r}; "
-                    + nearest(path[0], [*names, *fields])
-                )
-            stages = tuple(
-                overrides.replace_at(stage, path, value, shown=".".join(path))
-                if overrides.has_path(stage, path)
-                else stage
-                for stage in self.stages
+            owners, inside = [s for s in self.stages if overrides.has_path(s, path)], path
+        if not owners:
+            fields = {f.name for stage in self._configs() for f in dataclasses.fields(stage)}
+            raise JaxherdError(
+                f"--set {'.'.join(path)}: {self.name} has no stage or field {path[0]!r}; "
+                + nearest(path[0], [*names, *fields])
             )
+        return [(stage.name, overrides.from_the_front(stage, inside)) for stage in owners]
+
+    def _with_override(self, override: "_Override") -> "Experiment":
+        inside = dict(override.places)
+        stages = tuple(
+            overrides.replace_at(stage, inside[stage.name], override.value, shown=override.shown)
+            if stage.name in inside
+            else stage
+            for stage in self.stages
+        )
         return dataclasses.replace(self, stages=stages)
+
+    def fields(self) -> dict[str, str]:
+        """Return every field that `with_overrides` can set, by path, with its value as text."""
+        return {
+            f"{stage.name}.{path}": value
+            for stage in self._configs()
+            for path, value in overrides.fields(stage)
+        }
+
+    def _configs(self) -> list[Any]:
+        """Return the stages that are dataclasses: those of others cannot be set."""
+        return [stage for stage in self.stages if dataclasses.is_dataclass(stage)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Override:
+    """A value for one place in each of some stages; `shown` is the path as it was given."""
+
+    shown: str
+    places: tuple[tuple[str, tuple[str, ...]], ...]
+    value: str
 
 
 def is_done(folder: Path) -> bool:

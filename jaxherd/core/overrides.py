@@ -9,7 +9,7 @@ import enum
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from jaxherd.core.errors import JaxherdError, nearest
@@ -75,6 +75,75 @@ def has_path(config: Any, path: Sequence[str]) -> bool:
     return dataclasses.is_dataclass(config) and path[0] in {
         f.name for f in dataclasses.fields(config)
     }
+
+
+def from_the_front(config: Any, path: Sequence[str]) -> tuple[str, ...]:
+    """Return the path with indices of tuples counted from the front, as far as it leads."""
+    found = []
+    for name in path:
+        if isinstance(config, tuple):
+            try:
+                name = str(_index(name, len(config), ""))
+            except JaxherdError:
+                break
+            config = config[int(name)]
+        else:
+            config = getattr(config, name, None)
+        found.append(name)
+    return (*found, *path[len(found) :])
+
+
+def fields(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield (path, value as text) of every field that `replace_at` can set.
+
+    The text is one that sets the field to the value that it has.  What text cannot give (a function,
+    a mapping, a config where there is none) is left out.
+    """
+    if isinstance(config, tuple):
+        named = [(str(index), item, type(item)) for index, item in enumerate(config)]
+    else:
+        hints = typing.get_type_hints(type(config))
+        named = [
+            (f.name, getattr(config, f.name), hints.get(f.name, Any))
+            for f in dataclasses.fields(config)
+            if f.init
+        ]
+    for name, value, annotation in named:
+        text = _text(annotation, value)
+        if text is not None:
+            yield name, text
+        elif isinstance(value, tuple) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type)
+        ):
+            yield from ((f"{name}.{path}", inner) for path, inner in fields(value))
+
+
+def _text(annotation: Any, value: Any) -> str | None:
+    """Return what `_parse` reads as the value, or None."""
+    if value is None:
+        text = "none"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, enum.Enum):
+        text = value.name
+    elif value == () and typing.get_args(annotation)[:1] not in ((int,), (float,), (str,)):
+        return None  # nothing could be put into it
+    elif isinstance(value, tuple):
+        parts = [_text(type(item), item) for item in value]
+        if None in parts:
+            return None
+        text = ",".join(part for part in parts if part is not None)
+    elif isinstance(value, int | float | str):
+        text = str(value)
+    else:
+        return None
+    if text != text.strip():  # an assignment's value is stripped
+        return None
+    try:
+        read = _parse(annotation, text, "")
+    except JaxherdError:
+        return None
+    return text if read == value and isinstance(read, bool) == isinstance(value, bool) else None
 
 
 def _index(text: str, length: int, shown: str) -> int:

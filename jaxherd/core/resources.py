@@ -23,6 +23,17 @@ def installed() -> bool:
     return folder("experiments").is_relative_to(Path(__file__).parents[1])
 
 
+def in_checkout(name: str) -> Path | None:
+    """Return the folder `experiments` or `tpu` of a checkout, where its files may be written.
+
+    None where jaxherd is installed and no checkout is near.
+    """
+    if not installed():
+        return folder(name)
+    place = checkout()
+    return None if place is None else place / name
+
+
 def checkout() -> Path | None:
     """Return the nearest checkout of jaxherd: the current folder or one above it, or None."""
     here = Path.cwd()

@@ -87,6 +87,8 @@ def _run_stages(
     **given: Any,
 ) -> dict[str, Any]:
     summaries: dict[str, Any] = {}
+    # Absolute: a stage may hand a path on to what resolves it from elsewhere.
+    workdir = workdir.absolute()
     for stage in experiment.stages:
         folder = workdir / stage.name
         if is_done(folder):

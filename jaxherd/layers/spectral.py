@@ -251,14 +251,20 @@ def log_mel(x: Float[Array, "*batch T"], config: MelConfig) -> Float[Array, "*ba
     return config.log_of(mel_spectrogram(x, config))
 
 
-def stereo_views(wave_BTC: Float[Array, "B T C"]) -> Float[Array, "B V T"]:
+Stereo = Literal["mid_side", "separate"]
+
+
+def stereo_views(
+    wave_BTC: Float[Array, "B T C"], stereo: Stereo = "mid_side"
+) -> Float[Array, "B V T"]:
     """Return the signals that spectral losses look at: each channel, and of stereo L, R, mid, side.
 
-    mid = (L + R) / 2 and side = (L - R) / 2.  That MelodyFlow's codec looks at them is a guess
-    after Stable Audio (melodyflow.md 2.2), as is their scale.
+    mid = (L + R) / 2 and side = (L - R) / 2; `stereo="separate"` leaves them out.  That
+    MelodyFlow's codec looks at them is a guess after Stable Audio (melodyflow.md 2.2), as is their
+    scale.
     """
     channels = jnp.swapaxes(wave_BTC, 1, 2)
-    if wave_BTC.shape[2] != 2:
+    if wave_BTC.shape[2] != 2 or stereo == "separate":
         return channels
     left, right = channels[:, 0], channels[:, 1]
     return jnp.stack([left, right, (left + right) / 2, (left - right) / 2], axis=1)

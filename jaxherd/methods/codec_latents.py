@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, write_json
 from jaxherd.core.modules import abstract, split
+from jaxherd.core.reports import Report
 from jaxherd.data.audio.clips import SPLITS, AudioClips
 from jaxherd.data.audio.latent_tracks import (
     DTYPES,
@@ -31,6 +32,7 @@ from jaxherd.data.audio.latent_tracks import (
 from jaxherd.data.audio.tracks import Track, conversion_notes
 from jaxherd.models.seanet import AudioAutoencoder
 from jaxherd.models.seanet_streaming import encode_chunks
+from jaxherd.training.progress import Counts
 from jaxherd.training.replica import load_replica
 from jaxherd.weights.load import load, load_tokenizer
 
@@ -40,9 +42,9 @@ class EncodeRecordings:
     """Encode every recording of an audio data config, whole, without seams.
 
     Each finished track is kept, so that a run that was stopped goes on with the next one; a file
-    that was cut off is written again.  The
-    statistics by which latents are standardised are those that codec training has tracked, or,
-    with `statistics="measured"`, those of the training tracks' posteriors.
+    that was cut off is written again.  The statistics by which latents are standardised are those
+    that codec training has tracked, or, with `statistics="measured"`, those of the training tracks'
+    posteriors.
 
     Attributes:
       name, codec: this stage, and the stage that trained the codec.
@@ -65,6 +67,8 @@ class EncodeRecordings:
     frames_per_chunk: int = 250
     storage: str = "float32"
 
+    writes: ClassVar[str] = "a .npy of latents for each recording, index.json with their statistics"
+
     def __post_init__(self):
         if self.storage not in DTYPES:
             raise JaxherdError(f"storage={self.storage!r}: " + nearest(self.storage, DTYPES))
@@ -82,12 +86,14 @@ class EncodeRecordings:
         describe = None if self.text_encoder is None else TextEncoder(self.text_encoder)
         # Each process encodes its share into the folder that all of them see.
         own, processes = jax.process_index(), jax.process_count()
+        with Counts(self.name, quiet=context.quiet or own != 0) as report:
+            recordings = list(self._recordings(report))
         if own == 0:
-            for note in conversion_notes([track for *_, track in self._recordings()]):
+            for note in conversion_notes([track for *_, track in recordings]):
                 context.say(f"{self.name}: {note}")
             if self.storage != "float32":
                 context.say(f"{self.name}: latents are rounded to {self.storage}.")
-        for number, (_, group, _, track) in enumerate(self._recordings()):
+        for number, (_, group, _, track) in enumerate(recordings):
             if number % processes != own:
                 continue
             # First the text: a track is finished when its latents are there.
@@ -97,7 +103,9 @@ class EncodeRecordings:
             file = _latent_file(context.folder, track)
             if not is_whole(file):
                 self._encode(autoencoder, track, file)
-                context.say(f"{self.name}: encoded {track.name} ({group}).")
+                if not context.quiet:
+                    count = f"{number + 1} of {len(recordings)} recordings"
+                    context.say(f"{self.name}: encoded {count}, {track.name} ({group}).")
         if processes > 1:
             multihost_utils.sync_global_devices(f"{self.name}: recordings are encoded")
         if own == 0:
@@ -157,9 +165,9 @@ class EncodeRecordings:
             f"- latents: {index['latent_dim']} wide, {index['frame_rate']:g} a second\n"
         )
 
-    def _recordings(self) -> Iterator[tuple[str, str, int, Track]]:
+    def _recordings(self, report: Report | None = None) -> Iterator[tuple[str, str, int, Track]]:
         for name in SPLITS:
-            for label, tracks in enumerate(self.data.tracks(name)):
+            for label, tracks in enumerate(self.data.tracks(name, report=report)):
                 for track in tracks:
                     yield name, self.data.labels[label], label, track
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxherd.layers.spectral import (
     MelConfig,
+    Stereo,
     StftConfig,
     log_mel,
     mel_spectrogram,
@@ -90,10 +91,11 @@ def multi_scale_mel(
     target_BTC: Float[Array, "B T C"],
     config: MultiScaleMel,
     sample_rate: int,
+    stereo: Stereo = "mid_side",
 ) -> Float[Array, ""]:
-    """Return the distance, averaged over a stereo signal's L, R, mid and side."""
+    """Return the distance, averaged over a stereo signal's L, R, mid and side, or L and R alone."""
     # Both signals go through one transform: half as many, twice as large.
-    both = stereo_views(jnp.concatenate([output_BTC, target_BTC]))
+    both = stereo_views(jnp.concatenate([output_BTC, target_BTC]), stereo)
     total = jnp.zeros(())
     for scale in config.scales(sample_rate):
         output, target = jnp.split(mel_spectrogram(both, scale), 2)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import Module, Tree
+from jaxherd.layers.spectral import Stereo
 from jaxherd.methods import codec_losses as losses
 from jaxherd.methods.balancer import Balancer, BalancerConfig, debiased, updated
 from jaxherd.methods.stft_loss import MultiScaleStft, multi_scale_stft
@@ -157,6 +158,9 @@ class ReconstructionCodec:
       latent_decay: of the tracked mean and deviation of the latents; not published.
       waveform_loss: "l1" as audiocraft, or "relative" (`codec_losses.waveform_relative`).
       stft: the multi-scale STFT loss, where `weights.stft` is positive.
+      stereo: "mid_side" lets the mel and STFT losses see L, R, mid and side, "separate" L and R
+        alone; which the paper's codec does is not known (melodyflow.md 2.2).  The discriminators'
+        is `StftDiscriminatorConfig.stereo`.
     """
 
     weights: losses.LossWeights = losses.LossWeights()
@@ -167,6 +171,7 @@ class ReconstructionCodec:
     latent_decay: float = 0.99
     waveform_loss: Literal["l1", "relative"] = "l1"
     stft: MultiScaleStft = MultiScaleStft()
+    stereo: Stereo = "mid_side"
 
     def __call__(
         self, model: CodecTraining, batch: Mapping[str, Any], key: jax.Array, *, frozen: Any = None
@@ -212,17 +217,21 @@ class ReconstructionCodec:
                 f"weights.stft is {weights.stft} and the model's balancer has no slot for that loss: "
                 "set stft_slot of the CodecTrainingConfig, or the weight to 0."
             )
-        audio_BTC = audio_BTC.astype(jnp.float32)
+        audio_BTC, stereo = audio_BTC.astype(jnp.float32), self.stereo
         output = reconstruct(model.autoencoder, audio_BTC, key if self.sample else None)
         parts: list[tuple[tuple[str, ...], Callable]] = [
             (("waveform",), lambda y: (WAVEFORM_LOSSES[self.waveform_loss](y, audio_BTC),)),
             (
                 ("mel",),
-                lambda y: (losses.multi_scale_mel(y, audio_BTC, self.mel, config.sample_rate),),
+                lambda y: (
+                    losses.multi_scale_mel(y, audio_BTC, self.mel, config.sample_rate, stereo),
+                ),
             ),
         ]
         if weights.stft > 0:
-            parts.append((("stft",), lambda y: (multi_scale_stft(y, audio_BTC, self.stft),)))
+            parts.append(
+                (("stft",), lambda y: (multi_scale_stft(y, audio_BTC, self.stft, stereo),))
+            )
         if adversarial:
             parts.append((("adversarial", "feature"), self._judged(model, audio_BTC)))
         values, gradients = _gradients(parts, output.wave_BTC, weights)

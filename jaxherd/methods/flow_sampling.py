@@ -22,6 +22,10 @@ from jaxherd.core.errors import JaxherdError
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
+# A bound of ours, far above any use (the default is 4): beyond it latents leave all that the
+# decoder knows, and at last the range of float32.
+MAX_GUIDANCE = 100.0
+
 
 def sway_grid(steps: int, sway: float = -0.8, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """Return `steps` + 1 times from low to high in float64.
@@ -54,14 +58,15 @@ class SamplingPlan:
         every second, so that 64 steps are 64 network evaluations with either.
       solver: "euler" or "midpoint".
       sway: of the grid; 0 is uniform.
-      cfg_coef: w in v = (1 + w) v_c - w v_null, which elsewhere is called guidance g = 1 + w.  It
-        counts as 0 towards noise, where guidance makes the solution diverge.
+      cfg_coef: w in v = (1 + w) v_c - w v_null, which elsewhere is called guidance g = 1 + w, from
+        -MAX_GUIDANCE to MAX_GUIDANCE.  It counts as 0 towards noise, where guidance makes the
+        solution diverge.
       source, target: times at the start and the end.  Towards noise the grid is the one towards
         data between the same times, reversed.
 
     Raises:
-      JaxherdError: an odd number of midpoint steps, times outside [0, 1], or a sway or guidance
-        that is no finite number.
+      JaxherdError: an odd number of midpoint steps, times outside [0, 1], a sway that is no finite
+        number, or a guidance beyond its bounds.
     """
 
     steps: int = 64
@@ -97,9 +102,14 @@ class SamplingPlan:
 
 
 def check_guidance(cfg_coef: float) -> None:
-    """Raise a JaxherdError if a guidance is no finite number."""
+    """Raise a JaxherdError if a guidance is no finite number, or beyond what gives music."""
     if not math.isfinite(cfg_coef):
         raise JaxherdError(f"cfg_coef={cfg_coef} is no finite number: 4 is the usual guidance.")
+    if abs(cfg_coef) > MAX_GUIDANCE:
+        raise JaxherdError(
+            f"cfg_coef={cfg_coef:g} is beyond {MAX_GUIDANCE:g}, where nothing but noise comes out: 4 "
+            "is the usual guidance."
+        )
 
 
 def evaluations(plan: SamplingPlan) -> int:

@@ -19,14 +19,15 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.reports import Report
 from jaxherd.data.audio.latents import TEXT_LENGTH, text_rows
 from jaxherd.methods.codec_latents import cut_notes, text_encoder
 from jaxherd.methods.flow_sampling import SamplingPlan, check_guidance, evaluations, transport
 from jaxherd.methods.latent_inversion import Inversion
 from jaxherd.methods.latent_inversion import edit as edit_latents
-from jaxherd.methods.told_network import Report, told
+from jaxherd.methods.told_network import told
 from jaxherd.models.seanet import AudioAutoencoder
-from jaxherd.models.seanet_streaming import decode_chunks, encode_chunks
+from jaxherd.models.seanet_streaming import decode_chunks, decoder_reach, encode_chunks
 from jaxherd.models.velocity_transformer import (
     Condition,
     LabelEmbedding,
@@ -259,19 +260,35 @@ class MusicModel:
         return piece_BTC
 
     def decode(
-        self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
+        self,
+        latents_BFL: Float[np.ndarray, "B F L"],
+        *,
+        held: bool = False,
+        report: Report | None = None,
     ) -> Float[np.ndarray, "B T C"]:
         """Return waveforms of F hop samples, in pieces and without seams.
 
         A quantising codec snaps the latents to its codes first.
 
+        Args:
+          latents_BFL: standardised.
+          held: let the first and the last frame go on beyond the ends while decoding.  The codec
+            itself, and with it False, has zeros there, as in its training on whole clips: right for
+            what `encode` gave.  Latents that were drawn know of no end, and zeros behind them are a
+            step, heard as a click in the last samples.
+          report: is told of decoded frames.
         Raises:
           JaxherdError: another width than the codec's, no frame, or values that are no numbers.
         """
-        return np.concatenate(list(self.decode_pieces(latents_BFL, report=report)), axis=1)
+        pieces = self.decode_pieces(latents_BFL, held=held, report=report)
+        return np.concatenate(list(pieces), axis=1)
 
     def decode_pieces(
-        self, latents_BFL: Float[np.ndarray, "B F L"], *, report: Report | None = None
+        self,
+        latents_BFL: Float[np.ndarray, "B F L"],
+        *,
+        held: bool = False,
+        report: Report | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield the waveforms of `decode` piece by piece, [B, any T, C], in bounded memory."""
         latents_BFL = np.asarray(latents_BFL, np.float32)
@@ -286,16 +303,23 @@ class MusicModel:
                 "the latents hold values that are no finite numbers: lower cfg or the edit's "
                 "strength, or train the model longer."
             )
+        config, frames = self.autoencoder.config, latents_BFL.shape[1]
         x_BFL = (latents_BFL * (self.std + 1e-5) + self.mean).astype(np.float32)
-        frames = x_BFL.shape[1]
-        starts = range(0, frames, FRAMES_PER_CHUNK)
+        margin = decoder_reach(config.decoder_layers()) if held else 0
+        if margin:
+            x_BFL = np.pad(x_BFL, ((0, 0), (margin, margin), (0, 0)), mode="edge")
+        starts = range(0, x_BFL.shape[1], FRAMES_PER_CHUNK)
         pieces = (self._snapped(x_BFL[:, i : i + FRAMES_PER_CHUNK]) for i in starts)
-        done = 0
+        hop = config.seanet.hop
+        seen, first, last = 0, margin * hop, (margin + frames) * hop
         for wave_BTC in decode_chunks(self.autoencoder, pieces, frames_per_chunk=FRAMES_PER_CHUNK):
-            done += wave_BTC.shape[1] // self.autoencoder.config.seanet.hop
+            # Of the samples [seen, seen + length) those from `first` to `last` are kept.
+            kept_BTC = wave_BTC[:, max(0, first - seen) : max(0, last - seen)]
+            seen += wave_BTC.shape[1]
             if report is not None:
-                report("decoding", done, frames)
-            yield wave_BTC
+                report("decoding", min(max(0, seen - first) // hop, frames), frames)
+            if kept_BTC.shape[1]:
+                yield kept_BTC
 
     def _snapped(self, x_BFL: np.ndarray) -> np.ndarray:
         if self.autoencoder.quantiser is None:
@@ -340,7 +364,7 @@ class MusicModel:
         noise = jax.random.normal(key, (rows, frames, self.velocity.config.latent_dim))
         with told(self.velocity, report, "generating", plan.steps) as network:
             latents_BFL = np.asarray(transport(network, condition, noise, plan))
-        wave_BTC = self.decode(latents_BFL, report=report)[:, :samples]
+        wave_BTC = self.decode(latents_BFL, held=True, report=report)[:, :samples]
         std, notes = float(latents_BFL.std()), self.notes(prompts)
         return Music(wave_BTC, latents_BFL, evaluations(plan), std, notes=notes)
 
@@ -370,7 +394,7 @@ class MusicModel:
             its mean.
           report: is told of frames and steps.
         Raises:
-          JaxherdError: as for `encode` and `condition`, or a guidance that is no finite number.
+          JaxherdError: as for `encode` and `condition`, or a guidance beyond its bounds.
         """
         check_guidance(cfg_coef)
         rows = len(wave_BTC)
@@ -390,7 +414,9 @@ class MusicModel:
                 latents_BFL = np.asarray(edited.latents_BTC)
             count = edited.evaluations
             inverted = float(edited.inverted.std)
-        wave = self.decode(latents_BFL, report=report)[:, : wave_BTC.shape[1]]
+        # An edit follows its source to within some samples of the ends, not to the codec's zeros.
+        wave = self.decode(latents_BFL, held=plan is not None, report=report)
+        wave = wave[:, : wave_BTC.shape[1]]
         notes = self.notes(source_prompts, prompts)
         return Music(wave, latents_BFL, count, float(latents_BFL.std()), inverted, notes)
 

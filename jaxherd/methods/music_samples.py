@@ -9,7 +9,7 @@ Axis letters: B batch, F frames, L latent width.  Source: melodyflow.md 5.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,8 @@ class SampleMusic:
     latents: str = "latents"
     flow: str = "flow"
 
+    writes: ClassVar[str] = "a .wav and a .png for each clip that is kept"
+
     @property
     def reads(self) -> tuple[str, ...]:
         """The stages of the model's parts."""
@@ -138,10 +140,13 @@ class SampleMusic:
 
     def run(self, context: StageContext) -> Mapping[str, Any]:
         """Sample one batch, decode and write the first clips; returns what is known of them."""
-        folder = context.artifacts[self.flow].parent
-        # Absolute, since they are looked up from the run's folder.
-        places = {part: str(context.artifacts[getattr(self, part)].resolve()) for part in _PARTS}
-        music = load_music(folder, **places)
+        # By their names in the run's folder, which says what encoded the text.
+        music = load_music(
+            context.artifacts[self.flow].parent,
+            codec=self.codec,
+            latents=self.latents,
+            flow=self.flow,
+        )
         prompts = self.prompts or music.labels
         if not prompts:
             raise JaxherdError(
@@ -179,7 +184,7 @@ class SampleMusic:
     def _write(self, music: Any, latents_BFL, rows: list[str], context: StageContext) -> None:
         context.folder.mkdir(parents=True, exist_ok=True)
         kept = min(self.keep, self.batch_size)
-        wave_BTC = music.decode(latents_BFL[:kept])
+        wave_BTC = music.decode(latents_BFL[:kept], held=True)
         for index in range(kept):
             words = "-".join("".join(c if c.isalnum() else " " for c in rows[index]).split())[:40]
             path = context.folder / f"{index}-{words}.wav"
@@ -202,7 +207,6 @@ class SampleMusic:
         return "\n".join(lines)
 
 
-_PARTS = ("codec", "latents", "flow")
 # Fields of training batches that a sampler is not given: it makes clips of all frames.
 _MADE = ("latents", "frame_mask")
 

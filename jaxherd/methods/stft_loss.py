@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.layers.spectral import StftConfig, stereo_views, stft
+from jaxherd.layers.spectral import Stereo, StftConfig, stereo_views, stft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,20 @@ class MultiScaleStft:
 
 
 def multi_scale_stft(
-    output_BTC: Float[Array, "B T C"], target_BTC: Float[Array, "B T C"], config: MultiScaleStft
+    output_BTC: Float[Array, "B T C"],
+    target_BTC: Float[Array, "B T C"],
+    config: MultiScaleStft,
+    stereo: Stereo = "mid_side",
 ) -> Float[Array, ""]:
     """Return the distance over a stereo signal's L, R, mid and side, or the channels of any other.
+
+    `stereo="separate"` leaves mid and side out.
 
     Raises:
       JaxherdError: a signal that is too short for one of the transforms.
     """
-    return stft_distance(stereo_views(output_BTC), stereo_views(target_BTC), config)
+    output_BVT, target_BVT = (stereo_views(wave, stereo) for wave in (output_BTC, target_BTC))
+    return stft_distance(output_BVT, target_BVT, config)
 
 
 def stft_distance(

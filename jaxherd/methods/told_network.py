@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Called with what is being done, how much of it is done, and how much there is.
-Report = Callable[[str, int, int], None]
+from jaxherd.core.reports import Report
 
 _numbers = itertools.count()
 # What to do at a call, by the number of the report.

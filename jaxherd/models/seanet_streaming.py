@@ -60,9 +60,17 @@ def parts(network: Literal["encoder", "decoder"], layers: tuple[LayerConfig, ...
 
 
 def _convolutions(network, layers, first: int, last: int) -> Part:
-    """Add up how far the outputs of these layers see, in input positions."""
+    rate, before, after = _seen(layers[first:last])
+    unit = rate.denominator  # windows begin where every strided convolution has a window
+    round_up = lambda reach: math.ceil(reach / unit) * unit  # noqa: E731
+    # Reflection at the end looks back over the right padding and what fills the last window.
+    return Part(network, first, last, rate, round_up(before + after) + 2 * unit, round_up(after))
+
+
+def _seen(layers: tuple[LayerConfig, ...]) -> tuple[Fraction, Fraction, Fraction]:
+    """Return the layers' rate, and how far an output sees before and after it, in input positions."""
     rate, before, after = Fraction(1), Fraction(0), Fraction(0)
-    for layer in layers[first:last]:
+    for layer in layers:
         if isinstance(layer, ConvConfig | TransposedConvConfig | ResidualConfig):
             before += layer.reach[0] / rate
             after += layer.reach[1] / rate
@@ -70,10 +78,15 @@ def _convolutions(network, layers, first: int, last: int) -> Part:
             rate /= layer.stride
         elif isinstance(layer, TransposedConvConfig):
             rate *= layer.stride
-    unit = rate.denominator  # windows begin where every strided convolution has a window
-    round_up = lambda reach: math.ceil(reach / unit) * unit  # noqa: E731
-    # Reflection at the end looks back over the right padding and what fills the last window.
-    return Part(network, first, last, rate, round_up(before + after) + 2 * unit, round_up(after))
+    return rate, before, after
+
+
+def decoder_reach(layers: tuple[LayerConfig, ...]) -> int:
+    """Return how many frames to either side of its own a sample of the decoder's output sees.
+
+    An LSTM, which sees all frames before, is not counted.
+    """
+    return math.ceil(max(_seen(layers)[1:]))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

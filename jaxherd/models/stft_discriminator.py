@@ -6,7 +6,7 @@ Axis letters: B batch, T samples, C audio channels, V views of a stereo signal, 
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxherd.core.modules import Module, ModuleList
 from jaxherd.core.sharding import shard
 from jaxherd.layers.conv import Norm
 from jaxherd.layers.conv2d import Conv2dConfig
-from jaxherd.layers.spectral import StftConfig, stereo_views, stft
+from jaxherd.layers.spectral import Stereo, StftConfig, stereo_views, stft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StftDiscriminatorConfig:
     norm: Norm = "weight_norm"
     first_norm: Norm = "none"
     normalized: bool = True
-    stereo: Literal["mid_side", "separate"] = "mid_side"
+    stereo: Stereo = "mid_side"
 
     def build(self, key: jax.Array) -> "StftDiscriminator":
         """Return the module with freshly drawn parameters."""
@@ -164,10 +164,7 @@ class StftDiscriminator(Module):
         Raises:
           JaxherdError: the waveform is shorter than the largest transform.
         """
-        if wave_BTC.shape[2] == 2 and self.config.stereo == "mid_side":
-            views_BVT = stereo_views(wave_BTC)
-        else:
-            views_BVT = jnp.swapaxes(wave_BTC, 1, 2)
+        views_BVT = stereo_views(wave_BTC, self.config.stereo)
         x_BT = views_BVT.reshape(-1, views_BVT.shape[-1])
         found = [scale(x_BT) for scale in self.scales]
         return Verdict(tuple(logits for logits, _ in found), tuple(maps for _, maps in found))

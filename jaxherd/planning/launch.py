@@ -135,8 +135,8 @@ def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequenc
 
     The bucket is mounted with gcsfuse, so that checkpoints and logs are ordinary files.
 
-    Exit status 2 is bad input, which no restart mends; 143 is a stop that was asked for; 74 a disk
-    that could not be written, which gets more time.
+    Exit status 2 is bad input, which no restart mends; 130 and 143 are a stop that was asked for; 74
+    a disk that could not be written, which gets more time.
     """
     run = ["jaxherd", "run", experiment, "--on", target.name]
     bucket, _, folder = workdir.removeprefix("gs://").partition("/")
@@ -147,7 +147,7 @@ def _remote_run(experiment: str, target: Target, workdir: str, run_args: Sequenc
         f"--rename-dir-limit={_RENAME_LIMIT} {shlex.quote(bucket)} ~/jaxherd-bucket || exit 2; "
         "for attempt in $(seq 1 100); do "
         f"{shlex.join(run)} --workdir {mounted} {shlex.join(run_args)}; status=$?; "
-        f'case "$status" in 0|2|143) exit "$status";; {StorageError.exit_status}) '
+        f'case "$status" in 0|2|130|143) exit "$status";; {StorageError.exit_status}) '
         f"pause={_STORAGE_PAUSE};; *) pause={_PAUSE};; esac; "
         'echo "jaxherd launch: attempt $attempt ended with $status, resuming in $pause s"; '
         'sleep "$pause"; done'

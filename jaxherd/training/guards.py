@@ -88,7 +88,7 @@ class Guards:
         if metrics.get("guard/non_finite"):
             action = "applied all the same" if self.non_finite == "off" else "update skipped"
             return (
-                f"step {step}: loss {metrics['loss']:.4g}, gradient norm "
+                f"step {step}: loss {metrics.get('loss', 0.0):.4g}, gradient norm "
                 f"{metrics['grad_norm']:.4g}: not finite, {action}."
             )
         if metrics.get("guard/spike"):

@@ -177,5 +177,5 @@ def _plain(value: Any) -> Any:
     if array.ndim:
         return [_plain(item) for item in array]
     item = array.item()
-    # JSON has no NaN: null marks what was not counted.
+    # JSON has no NaN: null marks what is no number, such as the loss of a step that went wrong.
     return None if isinstance(item, float) and not math.isfinite(item) else item

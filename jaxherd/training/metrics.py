@@ -38,10 +38,17 @@ def taken(buffers: Tree, metrics: Metrics) -> tuple[Tree, Metrics]:
 
 
 def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
-    """Return sum / weight of every metric on the host; NaN where nothing was counted."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {
+    """Return sum / weight of every metric on the host; one of which nothing was counted is left out.
+
+    Nothing was counted where sum and weight are zero.  Such entries of an array that has others are
+    NaN, and so is whatever is no number: a sum that is none is told even if its weight is zero.
+    """
+    found = {}
+    for name, (total, weight) in metrics.items():
+        total, weight = np.asarray(total, np.float64), np.asarray(weight, np.float64)
+        if not total.any() and not weight.any():
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
             # Dividing arrays without dimensions gives NumPy scalars.
-            name: np.asarray(np.asarray(total, np.float64) / np.asarray(weight, np.float64))
-            for name, (total, weight) in metrics.items()
-        }
+            found[name] = np.asarray(total / weight)
+    return found

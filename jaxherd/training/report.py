@@ -39,10 +39,15 @@ def _table(train: list[dict], held_out: list[dict]) -> list[str]:
     for records in (train, held_out):
         if not records:
             continue
-        for name in records[-1]:
-            if name in ("kind", "step") or any(part in name for part in _HIDDEN):
+        # Each metric's own first and last record: in some there was nothing of it to count.
+        firsts: dict[str, Any] = {}
+        lasts: dict[str, Any] = {}
+        for record in records:
+            firsts, lasts = record | firsts, lasts | record
+        for name in [name for name in lasts if name not in ("kind", "step")]:
+            if any(part in name for part in _HIDDEN):
                 continue
-            first, last = records[0].get(name), records[-1][name]
+            first, last = firsts[name], lasts[name]
             if isinstance(last, int | float) and isinstance(first, int | float):
                 rows.append(f"| {name} | {first:.4g} | {last:.4g} |")
     return [*rows, ""]
@@ -54,7 +59,7 @@ def _draw(
     steps = [r["step"] for r in train]
     window = max(1, len(steps) // 50)
     drawn = []
-    series: dict[str, Any] = {"train": (steps, [_number(r["loss"]) for r in train])}
+    series: dict[str, Any] = {"train": (steps, [_number(r.get("loss")) for r in train])}
     marked = []
     for name in [k for k in (held_out[-1] if held_out else {}) if k.endswith("/loss")]:
         points = [(r["step"], _number(r[name])) for r in held_out if name in r]

@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 import inspect
-import os
-import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,14 +17,16 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.experiment import StageContext, describe, write_json
 from jaxherd.core.layouts import Layout
 from jaxherd.core.modules import flatten
+from jaxherd.core.reports import Report
 from jaxherd.core.sharding import Partitioner
 from jaxherd.training import metrics as metrics_lib
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.loggers import LOGGERS, check_loggers, open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
-from jaxherd.training.progress import Progress
+from jaxherd.training.progress import Counts, Progress
 from jaxherd.training.step import Program, StepConfig, TrainState
+from jaxherd.training.stopping import Interrupted, StopOnSignal
 from jaxherd.training.transfer import Transfer
 
 
@@ -175,6 +175,8 @@ class TrainStage:
     frozen: tuple[FrozenModel, ...] = ()
     transfer: Transfer | None = None
 
+    writes: ClassVar[str] = "checkpoints/, config.json, metrics.jsonl, events and plots of them"
+
     def __post_init__(self):
         needed = [f.stage for f in self.frozen] + ([self.initial] if self.initial else [])
         for name in needed:
@@ -301,14 +303,16 @@ class _Run:
         self.stage, self.context = stage, context
         self.program = stage.program(context.devices, context.compiler_options)
         self.stop = threading.Event()
+        self.signals = StopOnSignal(self.stop)
         self.frozen: Any = None
 
     def run(self) -> dict[str, Any]:
         stage, context, config = self.stage, self.context, self.stage.run_config
-        # What is wrong with the held-out data is told now, not after hours of training.
-        for evaluation in stage.evaluations:
-            _close(self._open(evaluation))
-        data = open_data(stage.data, "train", context.seed, context.artifacts)
+        with Counts(stage.name, quiet=context.quiet or jax.process_index() != 0) as report:
+            # What is wrong with the held-out data is told now, not after hours of training.
+            for evaluation in stage.evaluations:
+                _close(self._open(evaluation, report))
+            data = open_data(stage.data, "train", context.seed, context.artifacts, report)
         checkpoints = Checkpoints(
             context.folder / "checkpoints",
             keep=config.keep_checkpoints,
@@ -332,7 +336,7 @@ class _Run:
             running = Running(stage, context, self.program, state, first)
             if first == 0:
                 self._callbacks(running, "start")
-            with self._signals(), self._progress(first) as progress:
+            with self.signals, self._progress(first) as progress:
                 summary = self._train(running, data, checkpoints, loggers, progress)
             self._callbacks(running, "end")
             return summary
@@ -462,7 +466,8 @@ class _Run:
         checkpoints.wait()
         raise Interrupted(
             f"{self.stage.name}: stopped at step {step}, checkpoint saved; run the same command to "
-            "go on."
+            "go on.",
+            exit_status=128 + self.signals.asked_by,
         )
 
     def _last_record(self, step: int) -> dict[str, Any]:
@@ -474,7 +479,7 @@ class _Run:
     def _log(self, step, sums, loggers, progress, units) -> dict[str, Any]:
         values = metrics_lib.means(jax.device_get(sums))
         plain = {k: (v.item() if v.ndim == 0 else v) for k, v in values.items()}
-        progress.update(step, units, plain["loss"])
+        progress.update(step, units, plain.get("loss"))
         sentence = self.stage.guards.explain(step, plain)
         if sentence and jax.process_index() == 0:
             progress.say(sentence)
@@ -517,9 +522,9 @@ class _Run:
         self._callbacks(running, "eval")
         return summary
 
-    def _open(self, evaluation: Evaluation) -> Any:
+    def _open(self, evaluation: Evaluation, report: Report | None = None) -> Any:
         source = evaluation.source(self.stage.data)
-        return open_data(source, evaluation.split, 0, self.context.artifacts)
+        return open_data(source, evaluation.split, 0, self.context.artifacts, report)
 
     def _callbacks(self, running: Running, moment: str) -> None:
         for callback in self.stage.callbacks:
@@ -535,45 +540,6 @@ class _Run:
         if step and multihost_utils.reached_preemption_sync_point(step):
             self.stop.set()
         return self.stop.is_set()
-
-    def _signals(self):
-        return _StopOnSignal(self.stop)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
-
-
-class _StopOnSignal:
-    """SIGTERM and a first Ctrl-C ask for a checkpoint and a clean stop.
-
-    Of several processes SIGTERM belongs to jax's preemption service, which tells the others; a
-    Ctrl-C becomes one.
-    """
-
-    def __init__(self, stop: threading.Event):
-        self._stop, self._old, self._interrupted = stop, {}, False
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            alone = jax.process_count() == 1
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self._interrupted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        # Nothing is printed here: the signal may have come in the middle of another print.
-        if jax.process_count() == 1:
-            self._stop.set()
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def __exit__(self, *_):
-        for number, old in self._old.items():
-            signal.signal(number, old)
 
 
 def evaluate(
@@ -620,9 +586,20 @@ def batch_shardings(spec: BatchSpec, partitioner: Partitioner, where: str = "") 
     }
 
 
-def open_data(data: Any, split: str, seed: int, artifacts: Mapping[str, Path]) -> Any:
-    """Return this process's iterator over a split; see `TrainStage` for `artifacts`."""
+def open_data(
+    data: Any,
+    split: str,
+    seed: int,
+    artifacts: Mapping[str, Path],
+    report: Report | None = None,
+) -> Any:
+    """Return this process's iterator over a split; see `TrainStage` for `artifacts`.
+
+    `report` goes to data that can tell how far the opening is (`jaxherd.core.batch.DataConfig`).
+    """
     given: dict[str, Any] = {"artifacts": dict(artifacts)} if needs_artifacts(data) else {}
+    if "report" in inspect.signature(data.build).parameters:
+        given["report"] = report
     return data.build(
         split=split,
         seed=seed,

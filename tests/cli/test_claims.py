@@ -1,11 +1,12 @@
 """The verb `jaxherd claims`."""
 
 import json
+import sys
 import textwrap
 
 import pytest
 
-from jaxherd.claims import table
+from jaxherd.claims import ledger, table
 from jaxherd.cli import claims_
 from jaxherd.cli.main import main
 from jaxherd.core import resources
@@ -50,6 +51,26 @@ def test_table_before_and_after_a_run(root, capsys):
     assert main(["claims"]) == 0
     text = capsys.readouterr().out
     assert "paper/effect" in text and "[TAG]" in text and "holds" in text
+
+
+def test_stale_is_explained_and_nothing_is_wrapped(root, capsys):
+    assert main(["claims", "paper/effect", "--run"]) == 0
+    assert "stale" not in capsys.readouterr().out
+    source = root / "paper" / "claims.py"
+    long = "Ours wins" + ", and again" * 40 + "."
+    source.write_text(source.read_text().replace("Ours wins.", long))
+    for name in [name for name in sys.modules if name.endswith("paper.claims")]:
+        del sys.modules[name]
+    assert main(["claims", "--readme"]) == 0
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if "paper/effect" in line]
+    assert row.rstrip().endswith("stale") and "1.0 to 3.0" in row
+    assert any(line.rstrip() == f" {long}".strip() or long in line for line in out.splitlines())
+    assert f"stale: {ledger.STALE}" in out
+    assert f"stale: {ledger.STALE}" in (root / "paper" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["claims", "--help"])
+    assert "stale" in capsys.readouterr().out
 
 
 def test_an_installed_package_is_not_written_to(root, tmp_path, monkeypatch, capsys):

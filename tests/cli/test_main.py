@@ -3,14 +3,16 @@
 import errno
 import inspect
 import json
+import os
 import shlex
+import signal
 
 import pytest
 import tyro
 
 from jaxherd.cli import run_
 from jaxherd.cli.main import VERBS, main
-from jaxherd.core import runner
+from jaxherd.core import catalog, runner
 from jaxherd.training.stage import TrainStage
 
 
@@ -127,6 +129,55 @@ def test_inspect_counts_the_state_as_it_is_stored(capsys):
 def test_inspect_decodes_a_batch(capsys):
     status, out, _ = call(capsys, "inspect", "llama4/scout", "--on", "cpu")
     assert status == 0 and "one batch, decoded" in out and "NoPE" in out and "16 experts" in out
+
+
+def test_inspect_lists_every_stage_and_says_the_scale(capsys):
+    arguments = ("inspect", "melodyflow/text_to_music", "--on", "cpu", "--no-batch")
+    status, out, _ = call(capsys, *arguments, "--json")
+    stages = json.loads(out)["stages"]
+    assert status == 0
+    assert [stage["name"] for stage in stages] == ["codec", "latents", "flow", "samples"]
+    assert [stage["reads"] for stage in stages] == [
+        [], ["codec"], ["latents"], ["codec", "latents", "flow"]
+    ]  # fmt: skip
+    assert all(stage["does"] and stage["writes"] for stage in stages)
+    assert "parameters" in stages[2] and "parameters" not in stages[1]
+    _, out, _ = call(capsys, *arguments)
+    assert "This is the scale 'cpu'; --scale gpu or --scale full shows another." in out
+    assert "stage latents" in out and "codec, latents, flow" in out and "index.json" in out
+
+
+def test_inspect_prints_the_fields_that_can_be_set(capsys):
+    arguments = ("inspect", "melodyflow/text_to_music", "--on", "cpu", "--fields")
+    status, out, _ = call(capsys, *arguments, "--set", "codec.objective.stereo=separate")
+    lines = out.splitlines()
+    assert status == 0 and all("=" in line for line in lines)
+    assert "codec.objective.stereo=separate" in lines and "samples.plan.cfg_coef=4.0" in lines
+    fields = json.loads(call(capsys, *arguments, "--json")[1])
+    assert [f"{k}={v}" for k, v in fields.items() if k != "codec.objective.stereo"] == [
+        line for line in lines if not line.startswith("codec.objective.stereo")
+    ]
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "--fields" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "verb, number, status, told",
+    [
+        ("run", signal.SIGINT, 130, "jaxherd: interrupted; run the same command to go on.\n"),
+        ("run", signal.SIGTERM, 143, "jaxherd: interrupted; run the same command to go on.\n"),
+        ("inspect", signal.SIGINT, 130, "jaxherd: interrupted.\n"),
+    ],
+)
+def test_a_signal_ends_a_verb_with_one_line(capsys, monkeypatch, verb, number, status, told):
+    def stopped(*arguments, **named):
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(catalog, "load", stopped)
+    assert call(capsys, verb, "llama4/scout") == (status, "", told)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_several_overrides_count(capsys):

@@ -185,6 +185,18 @@ def test_silence_is_told_and_gives_numbers(model, tmp_path, capsys, verb, more):
 
 
 @pytest.mark.parametrize("verb, more", [("encode", ()), ("edit", EDIT)])
+def test_a_recorded_stream_is_told(model, song, tmp_path, capsys, verb, more):
+    path = write_audio(tmp_path / "stream.wav", read_audio(song)[0], tiny_music.RATE)
+    heard(model, verb, path, tmp_path, *more)
+    assert "header" not in capsys.readouterr().out
+    data = path.read_bytes()
+    at = data.index(b"data") + 4
+    path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4 :])
+    heard(model, verb, path, tmp_path, *more)
+    assert "note: the header of stream.wav does not say how long it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb, more", [("encode", ()), ("edit", EDIT)])
 def test_bad_recordings_are_one_sentence(model, tmp_path, capsys, verb, more):
     wrong = tmp_path / "nan.wav"
     soundfile.write(wrong, np.full((400, 2), np.nan, np.float32), tiny_music.RATE, subtype="FLOAT")
@@ -300,6 +312,11 @@ def test_more_than_the_model_was_trained_on_is_noted(model, tmp_path, capsys):
         (("generate", "nothing", "--out", "x.wav"), "no file or folder"),
         (("edit", "MODEL", "none.wav", "--prompt", "metal", "--out", "x.wav"), "no audio file"),
         (("generate", "MODEL", "--out", "x.wav", "--cfg", "nan"), "cfg_coef=nan"),
+        (("generate", "MODEL", "--out", "x.wav", "--cfg", "1e30"), "beyond 100, where nothing but"),
+        (
+            ("edit", "nothing", "none.wav", "--prompt", "m", "--out", "x.wav", "--cfg", "1e30"),
+            "beyond 100",
+        ),
         (
             ("edit", "nothing", "none.wav", "--prompt", "m", "--out", "x.wav", "--cfg", "inf"),
             "cfg_coef=inf",

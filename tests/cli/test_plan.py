@@ -7,7 +7,10 @@ import pytest
 
 from jaxherd.cli import plan_
 from jaxherd.cli.main import main
+from jaxherd.core import resources
 from jaxherd.core.experiment import Experiment
+from jaxherd.planning.readme import BEGIN, END
+from jaxherd.planning.render import table_row
 from jaxherd.planning.report import Plan
 
 
@@ -68,3 +71,31 @@ def test_a_bad_path_is_told_before_the_compile(stages, tmp_path, capsys, place):
     err = capsys.readouterr().err
     assert err.startswith("jaxherd: --save") and err.count("\n") == 1
     assert not compiled
+
+
+def test_the_table_of_plans_is_written(tmp_path, monkeypatch, capsys, stages):
+    (tmp_path / "plans").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    monkeypatch.setattr(resources, "in_checkout", lambda name: tmp_path)
+    stages(1)
+    path = tmp_path / "plans" / "small-v5e-2x2.json"
+    assert main([*PLAN, "--save", str(path), "--readme"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert table_row(path.stem, Plan.from_json(path.read_text())) in text.splitlines()
+    capsys.readouterr()
+    # Of no experiment nothing is planned.
+    assert main(["plan", "--readme"]) == 0 and readme.read_text() == text
+    captured = capsys.readouterr()
+    assert captured.out == "" and "is up to date" in captured.err
+    path.unlink()
+    assert main(["plan", "--readme"]) == 0 and "small-v5e" not in readme.read_text()
+
+
+def test_the_table_of_plans_needs_a_checkout(monkeypatch, capsys):
+    monkeypatch.setattr(resources, "in_checkout", lambda name: None)
+    assert main(["plan", "--readme"]) == 2
+    assert "start it in one" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+    assert "name the experiment to plan" in capsys.readouterr().err

@@ -30,12 +30,15 @@ class Inner:
     sizes: tuple[int, ...] = (1, 2)
     pair: tuple[int, str] = (1, "a")
     flag: bool = False
+    least: float = 0.0
     colour: Colour = Colour.RED
     anything: Any = None
 
     def __post_init__(self):
         if self.rate < 0:
             raise ValueError("rate must not be negative")
+        if self.rate < self.least:
+            raise ValueError("rate must not be below least")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Step:
         if self.fails:
             raise KeyboardInterrupt
         context.folder.mkdir(parents=True, exist_ok=True)
+        assert context.folder.is_absolute()
         for name, folder in context.artifacts.items():
-            assert (folder / "out").read_text() == name
+            assert folder.is_absolute() and (folder / "out").read_text() == name
         (context.folder / "out").write_text(self.name)
         return {"count": self.count}
 
@@ -78,6 +82,12 @@ def test_stages_run_in_order_and_once(tmp_path):
     assert run(experiment(), tmp_path)["end"] == {"count": 3}
     assert CALLS == []
     assert (tmp_path / "report.md").exists()
+
+
+def test_stages_are_given_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(experiment(), pathlib.Path("here"))["end"] == {"count": 3}
+    assert (tmp_path / "here" / "end" / "out").read_text() == "end"
 
 
 def test_goes_on_at_the_first_unfinished_stage(tmp_path, monkeypatch):
@@ -185,6 +195,52 @@ def test_overrides_inside_tuples_and_of_all_stages():
     assert [x.rate for x in changed.stage("train").layers] == [0.1, 5.0]
     assert all(stage.inner.flag for stage in changed.stages)
     assert experiment().stage("train").layers[1].rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "assignments, rates",
+    [
+        (("train.inner.rate=2", "train.inner.rate=3"), (3.0, 0.1)),
+        # The first value is only possible after the second assignment, and yet it is the older one.
+        (("inner.least=5", "train.inner.rate=5", "inner.rate=6"), (6.0, 6.0)),
+        (("inner.least=5", "inner.rate=6", "train.inner.rate=5"), (5.0, 6.0)),
+        (("train.inner.least=5", "train.inner.rate=7", "train.inner.rate=6"), (6.0, 0.1)),
+        # What is given up is not looked at.
+        (("train.inner.rate=fast", "inner.rate=2"), (2.0, 2.0)),
+    ],
+)
+def test_the_last_of_several_values_wins_in_any_order(assignments, rates):
+    for order in {assignments, tuple(sorted(assignments, key=lambda a: ".least" not in a))}:
+        changed = experiment().with_overrides(order)
+        assert tuple(changed.stage(name).inner.rate for name in ("train", "tune")) == rates
+
+
+def test_an_early_value_that_waits_does_not_undo_a_later_one():
+    """`layers.1.rate=9` is refused as long as nothing lowers `least`; the later 4 must stay."""
+    start = experiment().with_overrides(["train.layers.1.rate=8", "train.layers.1.least=7"])
+    changed = start.with_overrides(
+        ["train.layers.1.rate=3", "train.layers.-1.rate=4", "train.layers.1.least=1"]
+    )
+    assert changed.stage("train").layers[1].rate == 4.0
+
+
+def test_fields_are_what_can_be_set():
+    fields = experiment().fields()
+    assert fields["train.inner.rate"] == "0.1" and fields["tune.layers.1.clip"] == "1.0"
+    assert fields["end.inner.sizes"] == "1,2" and fields["end.inner.colour"] == "RED"
+    assert "train.inner.anything" not in fields and "train.inner" not in fields
+    changed = experiment().with_overrides(["inner.rate=7", "inner.clip=none", "inner.sizes=4"])
+    again = experiment().with_overrides([f"{k}={v}" for k, v in changed.fields().items()])
+    assert again == changed != experiment()
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalog.entries()])
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_the_fields_of_every_recipe_set_it_to_what_it_is(name, scale):
+    thing = catalog.load(name, scale)
+    fields = thing.fields()
+    assert len(fields) > 50
+    assert thing.with_overrides([f"{path}={value}" for path, value in fields.items()]) == thing
 
 
 @pytest.mark.parametrize(

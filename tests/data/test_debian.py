@@ -71,10 +71,16 @@ def test_fetched_once_and_only_with_the_right_hash(package, tmp_path):
     with pytest.raises(JaxherdError, match="not the pinned"):
         resolve(f"deb://xx==1/usr/a.txt?sha256={PIN}", cache_dir=cache)
     assert not [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    told: list[tuple[str, int, int]] = []
     for _ in range(2):
-        path = resolve(f"deb://xx==1/usr/a.txt?sha256={pin}", cache_dir=cache)
+        path = resolve(
+            f"deb://xx==1/usr/a.txt?sha256={pin}",
+            cache_dir=cache,
+            report=lambda *count: told.append(count),
+        )
         assert path.read_text() == "sound"
     assert calls == ["xx", "xx"]
+    assert told == [("fetching xx", 0, 1), ("fetching xx", 1, 1)]
     for inside in ("usr/none", "../../x"):
         with pytest.raises(JaxherdError, match="has no file or folder"):
             resolve(f"deb://xx==1/{inside}?sha256={pin}", cache_dir=cache)

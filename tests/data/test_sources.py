@@ -67,8 +67,10 @@ def test_bad_sources_are_one_sentence(source, words, cache):
 
 
 def test_wheel_is_fetched_once(cache, wheel):
-    source = f"pypi://Demo_Data==1.0/demo/a.txt?sha256={wheel.sha}"
-    assert resolve(source).read_text() == "alpha"
+    source, told = f"pypi://Demo_Data==1.0/demo/a.txt?sha256={wheel.sha}", []
+    for _ in range(2):
+        assert resolve(source, report=lambda *count: told.append(count)).read_text() == "alpha"
+    assert told == [("fetching demo-data", 0, 1), ("fetching demo-data", 1, 1)]
     assert resolve(f"pypi://demo-data==1.0/demo?sha256={wheel.sha}").is_dir()
     assert resolve(f"pypi://demo.data==1.0?sha256={wheel.sha}").is_dir()
     assert wheel.calls == ["demo-data==1.0"]

@@ -162,3 +162,4 @@ def test_stereo_is_seen_as_left_right_mid_and_side():
         stereo_views(wave)[0], [left, right, (left + right) / 2, (left - right) / 2], atol=1e-6
     )
     assert stereo_views(wave[..., :1]).shape == (1, 1, 4)
+    np.testing.assert_array_equal(stereo_views(wave, "separate")[0], [left, right])

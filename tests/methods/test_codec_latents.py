@@ -19,7 +19,7 @@ from jaxherd.data.audio.files import write_audio
 from jaxherd.data.audio.latent_tracks import LatentFolder, write_track
 from jaxherd.data.audio.latents import LatentClips
 from jaxherd.data.audio.tracks import AudioGroup
-from jaxherd.methods import codec_latents
+from jaxherd.methods import codec_latents, music_samples
 from jaxherd.methods.codec_latents import EncodeRecordings, load_autoencoder
 from jaxherd.methods.codec_losses import MultiScaleMel
 from jaxherd.methods.codec_training import CodecTrainingConfig, ReconstructionCodec
@@ -207,6 +207,7 @@ def test_a_stopped_encoding_goes_on_with_what_is_missing(run, tmp_path, monkeypa
     said.clear()
     stages[1].run(context)
     assert sum(": encoded " in line for line in said) == 5
+    assert said[-1].startswith("latents: encoded 6 of 6 recordings, ")
     assert finished[1].stat().st_mtime_ns == kept
     again, whole = (LatentFolder.open(path / "latents") for path in (tmp_path, folder))
     for split in ("train", "heldout"):
@@ -309,6 +310,26 @@ def test_a_mesh_samples_what_one_device_does(run, devices):
         parts = list(load_model(folder / "flow", *program.parts))
         found.append(np.asarray(program.step(parts, batch)))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_samples_know_what_encoded_the_text(run, tmp_path, monkeypatch):
+    """By the run's own record, which names the stage."""
+    folder, stages, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record["experiment"]["stages"][1]["text_encoder"] = "t5"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    loaded = []
+
+    def load(*arguments, **words):
+        loaded.append(load_music(*arguments, **words))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(music_samples, "load_music", load)
+    artifacts = {name: tmp_path / "run" / name for name in stages[3].reads}
+    with pytest.raises(KeyboardInterrupt):
+        stages[3].run(StageContext(tmp_path / "s", artifacts, "cpu", tuple(jax.devices()[:1]), 0))
+    assert loaded[0].text_encoder == "t5"
 
 
 def test_prompts_must_be_labels_of_the_model(run):

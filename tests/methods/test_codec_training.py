@@ -124,6 +124,7 @@ def test_multi_scale_mel_is_its_definition_and_sees_the_side_signal():
     # Turning one channel over leaves each channel's spectrum and changes mid and side.
     turned = x * jnp.array([1.0, -1.0])
     assert float(losses.multi_scale_mel(turned, x, MEL, 8000)) > 0.01
+    assert float(losses.multi_scale_mel(turned, x, MEL, 8000, "separate")) < 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,32 @@ def trained_stft():
     """The same with a slot for the STFT loss."""
     config = CodecTrainingConfig(CODEC, CRITIC, stft_slot=True)
     return split(jax.jit(config.build)(jax.random.key(0)))
+
+
+def test_one_switch_takes_mid_and_side_out_of_all_spectral_losses(trained_stft):
+    """Seen in the losses of one step, by what each of them is with and without."""
+    definition, params, buffers = trained_stft
+    objective = ReconstructionCodec(
+        losses.LossWeights(kl=0.0, stft=1.0), MEL, sample=False, stft=STFT
+    )
+    audio = sines()
+    model = definition.merge(params, buffers)
+    output = reconstruct(model.autoencoder, audio, None).wave_BTC
+    for stereo in ("mid_side", "separate"):
+        chosen = dataclasses.replace(objective, stereo=stereo)
+        metrics = jax.jit(lambda a, o=chosen: o(model, {"audio": a}, jax.random.key(0))[1])(audio)
+        wanted = {
+            "mel": losses.multi_scale_mel(output, audio, MEL, 8000, stereo),
+            "stft": multi_scale_stft(output, audio, STFT, stereo),
+            "waveform": losses.waveform_l1(output, audio),
+        }
+        for name, value in wanted.items():
+            np.testing.assert_allclose(metrics[name][0] / metrics[name][1], value, rtol=1e-4)
+    assert abs(losses.multi_scale_mel(output, audio, MEL, 8000) / wanted["mel"] - 1) > 5e-4
+    assert abs(multi_scale_stft(output, audio, STFT) / wanted["stft"] - 1) > 5e-4
+    # The phases of adversarial training take the switch over.
+    phases = AdversarialCodec(stereo="separate").phases
+    assert phases[1].objective.stereo == "separate"
 
 
 @pytest.mark.parametrize("stft", [0.0, 1.5])

@@ -163,6 +163,8 @@ def test_errors():
         (lambda: SamplingPlan(4, cfg_coef=float("nan")), "cfg_coef=nan is no finite"),
         (lambda: SamplingPlan(4, cfg_coef=float("inf")), "cfg_coef=inf is no finite"),
         (lambda: SamplingPlan(4, cfg_coef=float("inf"), source=1.0, target=0.0), "no finite"),
+        (lambda: SamplingPlan(4, cfg_coef=1e30), "cfg_coef=1e\\+30 is beyond 100"),
+        (lambda: SamplingPlan(4, cfg_coef=-101.0), "cfg_coef=-101 is beyond 100"),
         (lambda: Inversion(sway=float("nan")), "backwards"),
         (lambda: Inversion(steps=0), "at least 1 step"),
         (

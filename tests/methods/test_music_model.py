@@ -23,10 +23,12 @@ from jaxherd.methods.flow_sampling import SamplingPlan
 from jaxherd.methods.latent_inversion import inversion
 from jaxherd.methods.music_files import load_music, save_music
 from jaxherd.methods.music_samples import SampleMusic
+from jaxherd.models.seanet_streaming import decoder_reach
 from jaxherd.models.velocity_transformer import TextStates, VelocityTransformer
 
 PLAN = SamplingPlan(4, "midpoint", cfg_coef=1.0)
 KEY = jax.random.key(7)
+SEANET = tiny_music.CODEC.autoencoder.seanet
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,38 @@ def test_long_waves_go_in_pieces(model, monkeypatch):
         model.decode(pieces, report=lambda *r: told.append(r)), wave, atol=1e-5
     )
     assert told[0] == ("encoding", 100, 300) and told[-1] == ("decoding", 300, 300)
+
+
+@pytest.mark.parametrize("chunk", [250, 7])
+def test_frames_held_beyond_the_ends_leave_no_step_there(model, monkeypatch, chunk):
+    """As if the clip went on for ever; the codec's own decoder has zeros there.
+
+    A few samples of the ends hear of them, and nothing else does.
+    """
+    plain = dataclasses.replace(
+        model.autoencoder.config, seanet=dataclasses.replace(SEANET, lstm=0)
+    )
+    music = dataclasses.replace(model, autoencoder=jax.jit(plain.build)(KEY))
+    latents = np.random.default_rng(0).normal(size=(2, 40, 4)).astype("f4")
+    whole = music.decode(np.pad(latents, ((0, 0), (30, 30), (0, 0)), mode="edge"))
+    hop, told = plain.seanet.hop, []
+    monkeypatch.setattr(music_lib, "FRAMES_PER_CHUNK", chunk)
+    held = music.decode(latents, held=True, report=lambda *r: told.append(r))
+    np.testing.assert_allclose(held, whole[:, 30 * hop : -30 * hop], atol=1e-5)
+    assert told[-1] == ("decoding", 40, 40) and all(0 <= done <= 40 for _, done, _ in told)
+    apart = np.abs(held - music.decode(latents)).max(axis=(0, 2))
+    reach = decoder_reach(plain.decoder_layers()) * hop
+    assert apart[:3].min() > 1e-3 and apart[-3:].min() > 1e-3
+    assert apart[reach:-reach].max() < 1e-5
+
+
+def test_what_is_drawn_is_decoded_without_a_step(model):
+    made = model.generate("heavy metal", 0.05, PLAN, KEY)
+    np.testing.assert_array_equal(made.wave_BTC, model.decode(made.latents_BFL, held=True))
+    plan, wave = inversion("fixed_point", steps=2), tiny_music.tone(0.05)
+    edited = model.edit(wave, "heavy metal", plan, KEY)
+    np.testing.assert_array_equal(edited.wave_BTC, model.decode(edited.latents_BFL, held=True))
+    assert np.abs(edited.wave_BTC - model.decode(edited.latents_BFL))[:, -1].max() > 1e-4
 
 
 def test_silence_is_encoded_generated_and_edited(model):

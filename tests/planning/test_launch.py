@@ -144,6 +144,7 @@ def test_the_bucket_is_mounted_so_that_folders_can_be_renamed(tmp_path, worker):
     ("statuses", "ends", "pauses"),
     [
         ((2,), 2, []),
+        ((130,), 130, []),
         ((143,), 143, []),
         ((1, 0), 0, [15]),
         # A disk that could not be written: again, but later.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.metrics import pair
 from jaxherd.training.optimizers import Optimizer, Schedule
-from jaxherd.training.stage import Interrupted, RunConfig, StepConfig, TrainStage
+from jaxherd.training.stage import RunConfig, StepConfig, TrainStage
+from jaxherd.training.stopping import Interrupted
 
 
 class Line(Module):
@@ -171,6 +173,61 @@ def test_a_stop_at_any_step_resumes_alike(tmp_path, story, monkeypatch, step):
     _, found = run(tmp_path)
     assert found == story
     assert json.loads((tmp_path / "fit/done.json").read_text())["summary"]["train/loss"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_with_its_status(tmp_path, story, monkeypatch, number, status):
+    from jaxherd.training import stage as module
+
+    original = module._Run._log
+
+    def log(self, step, *rest):
+        if step == 7:
+            os.kill(os.getpid(), number)
+        return original(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_log", log)
+        with pytest.raises(Interrupted, match="run the same command to go on") as stopped:
+            run(tmp_path)
+    assert stopped.value.exit_status == status
+    assert run(tmp_path)[1] == story
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowNumbers(NumbersConfig):
+    """Data whose opening can be told."""
+
+    def build(self, *, split, seed, process_index=0, process_count=1, cache_dir=None, report=None):
+        if report is not None:
+            report("counting", 0, 2)
+        return Numbers(self.bad)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_opening_of_data_is_shown(tmp_path, capsys, quiet):
+    config = RunConfig(steps=1, loggers=("jsonl",))
+    thing = Experiment("t/line", "cpu", "cpu", (stage(data=SlowNumbers(), run_config=config),))
+    devices = tuple(jax.devices()[:1])
+    run_experiment(thing, tmp_path, target="cpu", devices=devices, say=lambda _: None, quiet=quiet)
+    told = capsys.readouterr().err
+    assert ("fit: counting: 0 of 2\nfit: compiling the step\n" in told) == (not quiet)
+
+
+@dataclasses.dataclass(frozen=True)
+class Now:
+    """Squares with a metric that is counted in the batches of positive sums alone."""
+
+    def __call__(self, model, batch, key, *, frozen=None):
+        loss, metrics = Squares()(model, batch, key)
+        counted = (batch["x"].sum() > 0).astype(jnp.float32)
+        return loss, {**metrics, "sometimes": pair(counted * 3.0, counted)}
+
+
+def test_a_metric_is_absent_where_nothing_was_counted(tmp_path):
+    _, found = run(tmp_path, objective=Now())
+    there = [r["sometimes"] for r in found if "sometimes" in r]
+    assert 0 < len(there) < len(found) and set(there) == {3.0}
 
 
 FILES = [

@@ -13,12 +13,13 @@ import numpy as np
 
 from jaxherd.core.batch import BatchField, BatchSpec
 from jaxherd.core.errors import JaxherdError, nearest
+from jaxherd.core.reports import Report
 from jaxherd.data.audio.tracks import (
     AudioGroup,
     Track,
     conversion_notes,
     conversions,
-    open_track,
+    open_tracks,
     split_tracks,
 )
 from jaxherd.data.pipeline import GrainBatches, batch_rows, check_sharding
@@ -86,35 +87,42 @@ class AudioClips:
         }
 
     def tracks(
-        self, split: str, *, cache_dir: str | os.PathLike[str] | None = None
+        self,
+        split: str,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        report: Report | None = None,
     ) -> list[list[Track]]:
         """Return the tracks of a split, a list a group.
 
+        Args:
+          split: "train" or "heldout".
+          cache_dir: of decoded recordings.
+          report: is told of packages that are fetched and recordings that are decoded.
         Raises:
           JaxherdError: an unknown split, recordings that cannot be had, or too few of them.
         """
         if split not in SPLITS:
             raise JaxherdError(f"There is no split {split!r}: {nearest(split, SPLITS)}")
-        found = []
-        for group in self.groups:
-            tracks = [
-                open_track(
-                    path,
-                    sample_rate=self.sample_rate,
-                    channels=self.channels,
-                    cache_dir=cache_dir,
-                )
-                for path in group.files(cache_dir)
-            ]
-            found.append(
-                split_tracks(
-                    tracks,
-                    split=split,
-                    heldout_fraction=self.heldout_fraction,
-                    seed_name=group.label,
-                )
+        files = [group.files(cache_dir, report=report) for group in self.groups]
+        opened = iter(
+            open_tracks(
+                [path for group in files for path in group],
+                sample_rate=self.sample_rate,
+                channels=self.channels,
+                cache_dir=cache_dir,
+                report=report,
             )
-        return found
+        )
+        return [
+            split_tracks(
+                [next(opened) for _ in own],
+                split=split,
+                heldout_fraction=self.heldout_fraction,
+                seed_name=group.label,
+            )
+            for group, own in zip(self.groups, files)
+        ]
 
     def build(
         self,
@@ -124,13 +132,17 @@ class AudioClips:
         process_index: int = 0,
         process_count: int = 1,
         cache_dir: str | os.PathLike[str] | None = None,
+        report: Report | None = None,
     ) -> GrainBatches:
-        """Open the clips: endless for "train", one pass over whole batches for "heldout"."""
+        """Open the clips: endless for "train", one pass over whole batches for "heldout".
+
+        `report` is told of recordings that have to be fetched and decoded first.
+        """
         import grain
 
         size = self.batch_spec(split)["audio"].shape[0]
         check_sharding(size, process_index, process_count)
-        tracks = self.tracks(split, cache_dir=cache_dir)
+        tracks = self.tracks(split, cache_dir=cache_dir, report=report)
         place = {"process_index": process_index, "process_count": process_count}
         if split == "train":
             rows: Any = RandomClips(tracks, self.clip_samples, seed, self.min_level_db)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError, missing_extra
+from jaxherd.data.audio.wav_header import wav_length
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 
@@ -31,11 +32,16 @@ def _soundfile() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AudioInfo:
-    """What a file says of itself: Hz, samples in each channel, channels."""
+    """What a file says of itself: Hz, samples in each channel, channels.
+
+    `streamed`: its header does not say how long it is, as what a program wrote into a pipe; the
+    samples are those up to the file's end, and whether it was cut off cannot be told.
+    """
 
     sample_rate: int
     frames: int
     channels: int
+    streamed: bool = False
 
     @property
     def seconds(self) -> float:
@@ -74,9 +80,29 @@ def audio_info(
             f"{os.fspath(path)!r} is cut off after {info.seconds:.1f} s, without the page that ends "
             "an Ogg stream: fetch it again, or write what is there to a new file."
         )
+    if kind in ("WAV", "WAVEX", "RF64"):
+        info = _checked_wav(path, info)
     if not info.frames:
         raise JaxherdError(f"{os.fspath(path)!r} holds no sound.")
     return info
+
+
+def _checked_wav(path: str | os.PathLike[str], info: AudioInfo) -> AudioInfo:
+    """Return the info with `streamed`; a file that is shorter than its header says is refused."""
+    length = wav_length(path)
+    if length is None:
+        return info
+    if length.is_cut:
+        raise JaxherdError(
+            f"{os.fspath(path)!r} is cut off after {info.seconds:.2f} s of the {length.seconds:.2f} s "
+            "that its header promises: fetch it again, or write what is there to a new file."
+        )
+    if length.promised == 0 and length.held:
+        raise JaxherdError(
+            f"{os.fspath(path)!r} says in its header that it holds no sound, though {length.held} "
+            "bytes follow: a recording that was never finished has to be repaired first."
+        )
+    return dataclasses.replace(info, streamed=length.promised is None)
 
 
 def _ogg_ends(path: str | os.PathLike[str]) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.core.reports import Report
 from jaxherd.data.audio.files import AudioInfo, audio_blocks, audio_info
 from jaxherd.data.cache import cache_root, locked
 from jaxherd.data.sources import resolve
@@ -37,15 +38,20 @@ class AudioGroup:
     sources: tuple[str, ...]
     pattern: str = "*"
 
-    def files(self, cache_dir: str | os.PathLike[str] | None = None) -> list[pathlib.Path]:
-        """Return the files, sorted by name.
+    def files(
+        self,
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        report: Report | None = None,
+    ) -> list[pathlib.Path]:
+        """Return the files, sorted by name; `report` is told of packages that are fetched.
 
         Raises:
           JaxherdError: a source that cannot be had, or no audio file at all.
         """
         found: list[pathlib.Path] = []
         for source in self.sources:
-            path = resolve(source, cache_dir=cache_dir)
+            path = resolve(source, cache_dir=cache_dir, report=report)
             inside = [path] if path.is_file() else sorted(path.rglob(self.pattern))
             found += [f for f in inside if f.is_file() and f.suffix.lower() in _SUFFIXES]
         if not found:
@@ -105,9 +111,7 @@ def open_track(
       JaxherdError: a recording that cannot be decoded, or a caption that is not UTF-8.
     """
     caption = _caption(path.with_suffix(".txt"))
-    digest = _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
-    folder = cache_root(cache_dir) / "audio"
-    target = folder / f"{digest[:24]}-{sample_rate}-{channels}.npy"
+    digest, target = _place(path, sample_rate, channels, cache_dir)
     if not target.is_file():
         with locked(target):
             if not target.is_file():
@@ -119,6 +123,45 @@ def open_track(
                     partial.unlink(missing_ok=True)
     name = f"{path.parent.name}/{path.stem}"
     return Track(name, target, digest, caption, audio_info(path), sample_rate)
+
+
+def open_tracks(
+    paths: Sequence[pathlib.Path],
+    *,
+    sample_rate: int,
+    channels: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> list[Track]:
+    """Return recordings as `open_track` does; `report` is told how many are decoded.
+
+    Nothing is told where all of them were decoded earlier.
+    """
+    form = {"sample_rate": sample_rate, "channels": channels, "cache_dir": cache_dir}
+    what, told, found = "decoding recordings", False, []
+    for number, path in enumerate(paths):
+        if report is not None and not _place(path, **form)[1].is_file():
+            if not told:
+                report(what, 0, len(paths))
+            if number:
+                report(what, number, len(paths))
+            told = True
+        found.append(open_track(path, **form))
+    if report is not None and told:
+        report(what, len(paths), len(paths))
+    return found
+
+
+def _place(
+    path: pathlib.Path,
+    sample_rate: int,
+    channels: int,
+    cache_dir: str | os.PathLike[str] | None,
+) -> tuple[str, pathlib.Path]:
+    """Return a file's digest, and where its decoded samples are or will be."""
+    digest = _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    folder = cache_root(cache_dir) / "audio"
+    return digest, folder / f"{digest[:24]}-{sample_rate}-{channels}.npy"
 
 
 def _caption(path: pathlib.Path) -> str | None:
@@ -141,7 +184,10 @@ def conversions(tracks: Sequence[Track]) -> dict[str, int]:
 
 
 def conversion_notes(tracks: Sequence[Track]) -> list[str]:
-    """Return a sentence about each kind of conversion that some of the recordings went through."""
+    """Return a sentence about each kind of conversion that some of the recordings went through.
+
+    And about those whose headers do not say how long they are.
+    """
     counts, total = conversions(tracks), len(tracks)
     rates = sorted({t.source.sample_rate for t in tracks if t.source.sample_rate != t.sample_rate})
     widths = sorted({t.source.channels for t in tracks if t.source.channels != t.channels})
@@ -155,6 +201,12 @@ def conversion_notes(tracks: Sequence[Track]) -> list[str]:
         notes.append(
             f"{counts['other_channels']} of {total} recordings have "
             f"{', '.join(map(str, widths))} channel(s), made {tracks[0].channels}."
+        )
+    streamed = sum(t.source.streamed for t in tracks)
+    if streamed:
+        notes.append(
+            f"{streamed} of {total} recordings do not say in their headers how long they are: they "
+            "are read to their ends, and whether they were cut off cannot be told."
         )
     return notes
 

@@ -55,6 +55,16 @@ def test_conversions_are_counted_and_told(config, cache):
     assert build(other, cache).describe()["notes"] == about["notes"]
 
 
+def test_what_is_decoded_is_counted_and_only_once(config, tmp_path):
+    told: list[tuple[str, int, int]] = []
+    for _ in range(2):
+        config.build(
+            split="train", seed=3, cache_dir=tmp_path, report=lambda *count: told.append(count)
+        )
+    assert told[0] == ("decoding recordings", 0, 8) and told[-1] == ("decoding recordings", 8, 8)
+    assert [done for _, done, _ in told] == list(range(9))
+
+
 def test_held_out_tracks_are_never_trained_on(config, cache):
     names = {
         split: {t.name for group in config.tracks(split, cache_dir=cache) for t in group}
@@ -191,3 +201,19 @@ def test_captions_that_are_no_utf8_are_named(tmp_path):
         open_track(wave, **place, cache_dir=tmp_path / "c")
     words.write_text("Gr\u00fc\u00dfe \n", encoding="utf-8")
     assert open_track(wave, **place, cache_dir=tmp_path / "c").caption == "Gr\u00fc\u00dfe"
+
+
+def test_streams_are_told(tmp_path):
+    for number in range(2):
+        path = write_audio(tmp_path / f"{number}.wav", np.full((900, 1), 0.1 * number, "f4"), RATE)
+    data = path.read_bytes()
+    at = data.index(b"data") + 4
+    path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4 :])
+    group = AudioGroup("x", (str(tmp_path),))
+    config = AudioClips((group,), RATE, 1, 200, batch_size=2, heldout_fraction=0.5)
+    notes = [
+        note
+        for split in ("train", "heldout")
+        for note in config.build(split=split, seed=0, cache_dir=tmp_path / "c").describe()["notes"]
+    ]
+    assert len(notes) == 1 and notes[0].startswith("1 of 1 recordings do not say in their headers")

@@ -180,3 +180,67 @@ def test_silence_is_sound(tmp_path):
     path = write_audio(tmp_path / "a.wav", np.zeros((800, 2), np.float32), 8000)
     found, _ = read_audio(path, sample_rate=4000)
     assert found.shape == (400, 2) and not found.any()
+
+
+def wav_bytes(tmp_path, *, kind="WAV", subtype="PCM_16") -> bytes:
+    path = tmp_path / "whole.wav"
+    soundfile.write(path, tone(8000, 1.0), 8000, format=kind, subtype=subtype)
+    return path.read_bytes()
+
+
+def with_length(data: bytes, length: int) -> bytes:
+    """The file with another length in the header of its samples."""
+    at = data.index(b"data") + 4
+    return data[:at] + length.to_bytes(4, "little") + data[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAVEX", "PCM_24"), ("RF64", "PCM_16"), ("WAV", "IMA_ADPCM")],
+)  # fmt: skip
+def test_a_wav_that_is_cut_off_is_told(tmp_path, kind, subtype):
+    """libsndfile would take the file's size for the header's."""
+    data = wav_bytes(tmp_path, kind=kind, subtype=subtype)
+    whole = audio_info(tmp_path / "whole.wav")
+    assert not whole.streamed and len(read_audio(tmp_path / "whole.wav")[0]) == whole.frames
+    part = tmp_path / "part.wav"
+    for share in (0.4, 0.9, 0.999):
+        part.write_bytes(data[: int(share * len(data))])
+        told = r"part.wav' is cut off after \d\.\d+ s of the (1\.0\d|0\.99) s that its header"
+        with pytest.raises(JaxherdError, match=told):
+            read_audio(part)
+
+
+def test_what_follows_the_samples_of_a_wav_may_be_cut(tmp_path):
+    """And one byte is filled up: neither is sound."""
+    data = wav_bytes(tmp_path)
+    path = tmp_path / "more.wav"
+    path.write_bytes(data + b"LIST" + (100).to_bytes(4, "little") + b"INFO")
+    assert len(read_audio(path)[0]) == 8000
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFF000, 0x80000000])
+def test_a_recorded_stream_is_read_to_its_end(tmp_path, length):
+    """Programs that write into a pipe leave a length that stands for "unknown"."""
+    path = tmp_path / "stream.wav"
+    path.write_bytes(with_length(wav_bytes(tmp_path), length))
+    assert audio_info(path).streamed
+    np.testing.assert_array_equal(read_audio(path)[0], read_audio(tmp_path / "whole.wav")[0])
+
+
+def test_a_wav_that_was_never_finished_is_told(tmp_path):
+    path = tmp_path / "open.wav"
+    path.write_bytes(with_length(wav_bytes(tmp_path), 0))
+    with pytest.raises(
+        JaxherdError, match="says in its header that it holds no sound, though 32000"
+    ):
+        audio_info(path)
+
+
+def test_headers_of_any_order_are_read(tmp_path):
+    path = tmp_path / "big.wav"
+    soundfile.write(path, tone(8000, 1.0), 8000, endian="BIG")
+    assert len(read_audio(path)[0]) == 8000
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(JaxherdError, match="is cut off after 0.99 s of the 1.00 s"):
+        read_audio(path)
