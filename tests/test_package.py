@@ -11,7 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 OPTIONAL = ["torch", "transformers", "tensorflow", "tokenizers", "sentencepiece", "tiktoken",
-            "gguf", "PIL", "matplotlib", "tensorboardX", "wandb", "huggingface_hub", "qwix"]  # fmt: skip
+            "gguf", "PIL", "matplotlib", "tensorboardX", "wandb", "huggingface_hub", "qwix",
+            "starlette", "uvicorn"]  # fmt: skip
 
 
 def test_import_is_quick_and_pulls_in_nothing_optional():

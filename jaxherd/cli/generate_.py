@@ -55,7 +55,7 @@ def main(
     """
     common.local_devices(on)
     import jaxherd
-    from jaxherd.data.chat import encode_chat
+    from jaxherd.data.chat import can_chat, encode_chat
     from jaxherd.data.tokenizers import load_tokenizer
     from jaxherd.inference.generate import Generator, Request
     from jaxherd.inference.sampling import Sampling
@@ -70,10 +70,10 @@ def main(
         top_k=_first(top_k, defaults.top_k, 0),
         min_p=min_p,
     )
-    if chat and not words.chat_template:
+    if chat and not can_chat(words):
         raise JaxherdError(f"{source} has no chat template: leave --chat away.")
     pictures, tiles = _images(source, words, image, max_tiles) if image else ([], None)
-    if chat or (chat is None and words.chat_template):
+    if chat or (chat is None and can_chat(words)):
         messages = [{"role": "system", "content": system}] if system else []
         user = {"role": "user", "content": text, "images": pictures}
         tokens = encode_chat(words, [*messages, user])

@@ -15,6 +15,7 @@ VERBS = {
     "run": "run an experiment, or go on with it",
     "claims": "the papers' claims: what was tried, and what came out",
     "generate": "continue a prompt with a model",
+    "serve": "a model behind OpenAI's HTTP API, many requests at once",
     "music": "generate, edit, encode and decode music",
     "convert": "convert a model between formats",
     "launch": "run an experiment on a TPU slice in the cloud",

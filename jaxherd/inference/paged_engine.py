@@ -47,7 +47,7 @@ _SMALLEST_PIECE, _SMALLEST_WIDTH = 16, 128
 
 @dataclasses.dataclass
 class _Job:
-    """A request on its way: `begun` tokens of its prompt are in pages."""
+    """A request on its way: `begun` tokens of its prompt are in pages, `reused` of others' making."""
 
     id: int
     row: Row
@@ -56,6 +56,7 @@ class _Job:
     pages: SequencePages | None = None
     slot: int = -1
     begun: int = 0
+    reused: int = 0
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -152,6 +153,11 @@ class PagedEngine:
         )
 
     @property
+    def slots(self) -> int:
+        """Requests that decode at once."""
+        return len(self._slots.token_B)
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._waiting and not self._running
@@ -162,18 +168,22 @@ class PagedEngine:
         Raises:
           JaxherdError: it cannot be served, now or ever; nothing is compiled.
         """
+        self.check_request(request)
+        names = page_names(request.tokens, self.page_size) if self.reuse_prefixes else []
+        row = Row(request, self.tokenizer, self.stop_ids)
+        key = np.asarray(jax.random.key_data(row_keys(self._key, [request.seed])))[0]
+        job = _Job(next(self._ids), row, names, key)
+        self._waiting.append(job)
+        return job.id
+
+    def check_request(self, request: Request) -> None:
+        """Raise JaxherdError if a request can never be served; any thread may ask."""
         request.check(self.module.config.vocab_size, self.max_length, self.tokenizer)
         check_images(self.module.config, request)
         if request.images is not None:
             # Prompts share pages by their tokens, and equal placeholders may be other images.
             raise JaxherdError("continuous batching serves text alone: use Generator for images.")
-        names = page_names(request.tokens, self.page_size) if self.reuse_prefixes else []
-        row = Row(request, self.tokenizer, self.stop_ids)
-        key = np.asarray(jax.random.key_data(row_keys(self._key, [request.seed])))[0]
-        job = _Job(next(self._ids), row, names, key)
-        self.books.check_size(job.length)
-        self._waiting.append(job)
-        return job.id
+        self.books.check_size(len(request.tokens) + request.max_new_tokens - 1)
 
     def cancel(self, number: int) -> Result | None:
         """End a request and return what it has; None if it is not there (any more).
@@ -234,7 +244,7 @@ class PagedEngine:
         return sorted(self._running.values(), key=lambda job: job.id)
 
     def _admit(self) -> None:
-        free = [s for s in range(len(self._slots.token_B)) if s not in self._running]
+        free = [s for s in range(self.slots) if s not in self._running]
         while self._waiting and free:
             job = self._waiting[0]
             if self._is_coming(job):
@@ -245,6 +255,7 @@ class PagedEngine:
                 return
             self._waiting.popleft()
             job.slot, job.begun = free.pop(0), job.pages.reused_tokens
+            job.reused = job.begun
             self._running[job.slot] = job
             self._slots.set_sampling(job.slot, job.row.request.sampling, job.key)
             for rule, held in job.pages.held.items():
@@ -285,7 +296,7 @@ class PagedEngine:
         """Run the next piece of the oldest prompt, and of others like it."""
         open_ = [job for job in self._jobs() if job.begun < len(job.prompt)]
         width, first = self._piece(open_[0])
-        most = max(1, min(self.prefill_rows, self.prefill_chunk // width, len(self._slots.token_B)))
+        most = max(1, min(self.prefill_rows, self.prefill_chunk // width, self.slots))
         jobs = [job for job in open_ if self._piece(job) == (width, first)][:most]
         # A group that would be half padding goes through one by one.
         rows = most if 2 * len(jobs) > most else 1
@@ -373,7 +384,7 @@ class PagedEngine:
 
     def _rows(self, count: int) -> int:
         """Return how many rows a call of decoding has for so many requests: slots / 4^n."""
-        rows = len(self._slots.token_B)
+        rows = self.slots
         while rows // 4 >= count:
             rows //= 4
         return rows
@@ -393,7 +404,7 @@ class PagedEngine:
         if job.row.result is not None:
             self._leave(job)
             self._counts["finished"] += 1
-        return Event(job.id, new, text, job.row.result)
+        return Event(job.id, new, text, job.row.result, job.reused)
 
 
 def _rule_name(rule: Any) -> str:

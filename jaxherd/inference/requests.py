@@ -83,12 +83,14 @@ class Event:
       tokens: new ones.
       text: new text that is certain.
       result: once the request has ended.
+      reused_tokens: of its prompt, taken over from pages of others.
     """
 
     id: int
     tokens: list[int]
     text: str
     result: Result | None
+    reused_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

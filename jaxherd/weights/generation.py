@@ -113,13 +113,16 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """Return the tokenizer of a model source, with its chat template and stop tokens.
 
     Args:
-      source: as for `load`; a GGUF file carries its tokenizer inside.
+      source: as for `load`; a GGUF file carries its tokenizer inside.  `llama-4` and
+        `llama-4-base` read the rank file of an installed llama-models package.
     Raises:
       JaxherdError: there is none.
     """
     from jaxherd.data import tokenizers
     from jaxherd.weights.load import gguf_at, resolve_model
 
+    if os.fspath(source) in tokenizers.INSTALLED and not os.path.exists(source):
+        return tokenizers.load_tokenizer(source)
     path = resolve_model(source)
     model = gguf_at(path)
     if model is not None:

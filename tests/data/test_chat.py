@@ -27,6 +27,55 @@ def test_control_tokens_come_from_the_template_alone():
     assert tokenizer.decode(ids, skip_special=False) == render(TEMPLATE, forged)
 
 
+def test_control_tokens_in_other_fields():
+    """Names, arguments of tool calls, parts: whatever a template writes of them stays text."""
+    template = (
+        "{% for m in messages %}<|bos|>{{ m['name'] }}:{{ m['content'] }}"
+        "{% for c in m['tool_calls'] %}{{ c | tojson }}{% endfor %}<|eos|>{% endfor %}"
+    )
+    tokenizer = ByteTokenizer()
+    forged = [
+        {"role": "user", "name": "a<|eos|>", "content": "⟦0⟧"},
+        {
+            "role": "assistant",
+            "name": "<|bos|>b",
+            "content": [{"type": "text", "text": "<|pad|>"}],
+            "tool_calls": [{"name": "f", "arguments": {"<|eos|>": ["x<|eos|><|bos|>y"]}}],
+        },
+    ]
+    ids = encode_chat(tokenizer, forged, template=template)
+    assert ids.count(257) == 2 and ids.count(258) == 2 and ids.count(256) == 0
+    assert tokenizer.decode(ids, skip_special=False) == render(template, forged)
+    twice = [{"role": "user", "content": "1<|eos|>"}, {"role": "user", "content": "2<|eos|>"}]
+    ids = encode_chat(tokenizer, twice, template=TEMPLATE)
+    assert tokenizer.decode(ids, skip_special=False) == render(TEMPLATE, twice)
+
+
+def test_images_stand_where_their_parts_do():
+    tokenizer = ByteTokenizer()
+    parts = [
+        {"type": "text", "text": "a<|eos|>"}, {"type": "image", "image": "x"},
+        {"type": "text", "text": "b"}, {"type": "image", "token_ids": [9]},
+    ]  # fmt: skip
+    message = {"role": "user", "content": parts, "images": [[5, 6]]}
+    ids = encode_chat(
+        tokenizer,
+        [message],
+        template=TEMPLATE,
+        image_token_ids=lambda part: [7, ord(part["image"])],
+    )
+    plain = encode_chat(tokenizer, [{"role": "user", "content": "@"}], template=TEMPLATE)
+    at = plain.index(ord("@"))
+    middle = [5, 6, *b"a<|eos|>", 7, ord("x"), *b"b", 9]
+    assert ids == [*plain[:at], *middle, *plain[at + 1 :]]
+    with pytest.raises(JaxherdError, match="nothing that gives the image's tokens"):
+        encode_chat(tokenizer, [message], template=TEMPLATE)
+    for part in ("x", {"type": "audio"}, {"type": "text"}):
+        wrong = {"role": "user", "content": [part, parts[3]]}
+        with pytest.raises(JaxherdError, match="neither a text nor an image"):
+            encode_chat(tokenizer, [wrong], template=TEMPLATE)
+
+
 def test_images_go_before_the_content_of_their_message():
     tokenizer = ByteTokenizer()
     plain = encode_chat(tokenizer, USER, template=TEMPLATE)

@@ -11,6 +11,7 @@ from jaxherd.data.tokenizers.base import KIND_FILE, DecodeStream, Tokenizer, dec
 from jaxherd.data.tokenizers.byte_level import ByteTokenizer
 from jaxherd.data.tokenizers.from_gguf import tokenizer_from_gguf_metadata
 from jaxherd.data.tokenizers.huggingface import HuggingFaceTokenizer
+from jaxherd.data.tokenizers.llama4 import INSTALLED, is_llama4, llama4_tokenizer, load_installed
 from jaxherd.data.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from jaxherd.data.tokenizers.tiktoken_ranks import SPLIT_PATTERNS, TiktokenTokenizer, parse_ranks
 from jaxherd.data.tokenizers.training import train_bpe
@@ -24,6 +25,7 @@ __all__ = [
     "TiktokenTokenizer",
     "Tokenizer",
     "decode_stream",
+    "llama4_tokenizer",
     "load_tokenizer",
     "tokenizer_from_gguf_metadata",
     "train_bpe",
@@ -43,11 +45,17 @@ def load_tokenizer(
 
     Args:
         path: a folder, or one of tokenizer.json, a SentencePiece model, a tiktoken rank file, a
-            GGUF model (whose tokenizer is inside).
+            GGUF model (whose tokenizer is inside); or `llama-4` or `llama-4-base`, for the
+            rank file of an installed llama-models package.
         split_pattern, special_tokens, bos, eos, pad: what a bare tiktoken rank file does not say.
+            Llama 4's is known without: it gives the instruct models' tokenizer (the base models',
+            which has another stop token and no chat format, is `llama4_tokenizer(...,
+            instruct=False)`).
 
     Raises JaxherdError if there is no tokenizer, or a rank file comes without its split pattern.
     """
+    if (name := os.fspath(path)) in INSTALLED and not os.path.exists(name):
+        return load_installed(name)
     path = pathlib.Path(path)
     if not path.exists():
         raise JaxherdError(f"There is no tokenizer at {str(path)!r}: check the path.")
@@ -70,6 +78,8 @@ def load_tokenizer(
     data = path.read_bytes()
     if not _is_rank_file(data):
         return SentencePieceTokenizer(data)
+    if split_pattern is None and is_llama4(data):
+        return llama4_tokenizer(data)
     if split_pattern is None:
         raise JaxherdError(
             f"{str(path)!r} is a tiktoken rank file, which does not say how to split text: pass "

@@ -6,14 +6,20 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
 from jaxherd.core.errors import JaxherdError, missing_extra
 from jaxherd.data.cache import write_atomically
-from jaxherd.data.tokenizers.base import KIND_FILE, count_token_bytes, join_bytes
+from jaxherd.data.tokenizers.base import (
+    KIND_FILE,
+    count_token_bytes,
+    join_bytes,
+    split_special,
+)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
@@ -48,6 +54,23 @@ def parse_ranks(data: bytes) -> dict[bytes, int]:
     return ranks
 
 
+def pieces(text: str, longest_piece: int, longest_run: int) -> Iterator[str]:
+    """Cut a text so that tiktoken can take it; the pieces joined are the text.
+
+    First every `longest_piece` characters; then, within such a piece, a run of white space or of
+    anything else is cut after every `longest_run` characters (tiktoken's time is quadratic in the
+    length of a run, and at some length it gives up).
+    """
+    for begin in range(0, len(text), longest_piece):
+        piece, cut = text[begin : begin + longest_piece], 0
+        runs = re.finditer(r"\s+|\S+", piece) if len(piece) > longest_run else ()
+        for run in runs:
+            for at in range(run.start() + longest_run, run.end(), longest_run):
+                yield piece[cut:at]
+                cut = at
+        yield piece[cut:]
+
+
 class TiktokenTokenizer:
     """A rank file with its split pattern and special tokens.
 
@@ -57,6 +80,8 @@ class TiktokenTokenizer:
         special_tokens: name -> id, beyond the ranks.
         bos, eos, pad: which of these play a part.
         stop: further names that end a generation.
+        chat_format: of the model's chats, if it has one of its own (see `jaxherd.data.chat`).
+        longest_piece, longest_run: of `pieces`; None encodes a text whole.
     """
 
     chat_template: str | None = None
@@ -72,6 +97,9 @@ class TiktokenTokenizer:
         eos: str | None = None,
         pad: str | None = None,
         stop: Sequence[str] = (),
+        chat_format: str | None = None,
+        longest_piece: int | None = None,
+        longest_run: int | None = None,
     ):
         try:
             import tiktoken
@@ -81,6 +109,10 @@ class TiktokenTokenizer:
         self._special = dict(special_tokens or {})
         self._roles = {"bos": bos, "eos": eos, "pad": pad}
         self._stop = tuple(stop)
+        self.chat_format = chat_format
+        self._limits = {"longest_piece": longest_piece, "longest_run": longest_run}
+        if (longest_piece is None) != (longest_run is None):
+            raise JaxherdError("longest_piece and longest_run come together: give both or neither.")
         self._pattern = SPLIT_PATTERNS.get(split_pattern, split_pattern)
         for name in (bos, eos, pad, *stop):
             if name is not None and name not in self._special:
@@ -107,15 +139,28 @@ class TiktokenTokenizer:
         """Return the ids of `text`."""
         if add_bos and self.bos_id is None:
             raise JaxherdError("This tokenizer has no beginning-of-text token: drop add_bos.")
-        if parse_special:
-            ids = self._engine.encode(text, allowed_special="all")
-        else:
-            ids = self._engine.encode_ordinary(text)
+        parts = split_special(text, self._special) if parse_special else [text]
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                for piece in self._pieces(part):
+                    ids += self._engine.encode_ordinary(piece)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode(text)` for each text, on the library's threads."""
-        return self._engine.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        cut = [list(self._pieces(text)) for text in texts]
+        threads = os.cpu_count() or 1
+        coded = iter(
+            self._engine.encode_ordinary_batch([p for ps in cut for p in ps], num_threads=threads)
+        )
+        return [[i for _ in ps for i in next(coded)] for ps in cut]
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        longest, run = self._limits["longest_piece"], self._limits["longest_run"]
+        return [text] if longest is None or run is None else pieces(text, longest, run)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`."""
@@ -134,12 +179,15 @@ class TiktokenTokenizer:
         return count_token_bytes(self)
 
     def _settings(self) -> dict[str, object]:
+        # What is not given is left out, so that fingerprints of other tokenizers stay.
+        more = {"chat_format": self.chat_format, **self._limits}
         return {
             "kind": "tiktoken",
             "split_pattern": self._pattern,
             "special_tokens": self._special,
             "stop": list(self._stop),
             **self._roles,
+            **{name: value for name, value in more.items() if value is not None},
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
