@@ -1,5 +1,6 @@
 """`jaxherd music`: generate, edit, encode and decode with a music model."""
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import tyro
 
 from jaxherd.cli import common
-from jaxherd.core.errors import JaxherdError
+from jaxherd.core.errors import JaxherdError, missing_extra
 from jaxherd.training.progress import Counts
 
-Method = Literal["regularized", "fixed_point", "ddim", "renoise", "sdedit"]
+Method = Literal["regularized", "fixed_point", "ddim", "ddim_midpoint", "renoise", "sdedit"]
 
 
 def generate(
@@ -77,7 +78,7 @@ def edit(
     source_prompt: str | None = None,
     method: Method = "regularized",
     target_flowstep: float = 0.0,
-    steps: int = 25,
+    steps: int | None = None,
     cfg: float = 4.0,
     seed: int = 0,
     plot: Path | None = None,
@@ -95,10 +96,12 @@ def edit(
         prompt: what it should become; an empty one is no condition at all.
         out: .wav, .flac or .ogg.
         source_prompt: what it is; nothing is the paper's default.
-        method: regularized (the paper's), fixed_point, ddim (naive), renoise or sdedit.
+        method: regularized (the paper's), fixed_point, ddim (naive), ddim_midpoint (naive, by the
+            midpoint solver), renoise or sdedit.
         target_flowstep: how far towards noise the inversion goes, from 0 (all the way, the
             strongest edit) to below 1.
-        steps: of inversion and generation each.
+        steps: of inversion and generation each; the method's own if not given: 25, and 64 of
+            ddim_midpoint.
         cfg: guidance of the generation; at most 100.
         seed: of the posterior's sample and of the inversion.
         plot: also draw spectrograms and latents to this .png file.
@@ -110,7 +113,8 @@ def edit(
     from jaxherd.methods.flow_sampling import check_guidance
     from jaxherd.methods.latent_inversion import inversion
 
-    plan = inversion(method, steps=steps, target_flowstep=target_flowstep)
+    given = {} if steps is None else {"steps": steps}
+    plan = inversion(method, target_flowstep=target_flowstep, **given)
     check_guidance(cfg)
     wave, loaded = _source(model, source, on)
     loaded.condition(prompt)
@@ -290,6 +294,8 @@ def _check_out(out: Path, plot: Path | None) -> None:
     check_output(out)
     if plot is not None and (plot.suffix != ".png" or not plot.parent.is_dir()):
         raise JaxherdError(f"--plot {plot}: name a .png file in a folder that exists.")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", "report", "--plot")
 
 
 def _write(out: Path, wave: np.ndarray, rate: int) -> None:

@@ -117,7 +117,9 @@ def evaluations(plan: SamplingPlan) -> int:
     return plan.steps * (2 if plan.guidance else 1)
 
 
-def guided(model: Any, condition: Any, cfg_coef: float = 0.0) -> Velocity:
+def guided(
+    model: Any, condition: Any, cfg_coef: Any = 0.0, *, enabled: bool | None = None
+) -> Velocity:
     """Return v = (1 + w) v_c - w v_null of a model, both in one call of twice the rows.
 
     Args:
@@ -125,19 +127,22 @@ def guided(model: Any, condition: Any, cfg_coef: float = 0.0) -> Velocity:
       condition: of the rows (`jaxherd.models.velocity_transformer.Condition`); None is the null
         condition.  Rows of z may be a whole multiple of its rows: it is repeated.
       cfg_coef: w; 0 evaluates the condition alone.
+      enabled: whether v_null is evaluated at all; must be said where w is traced.
     """
+    both_halves = bool(cfg_coef) if enabled is None else enabled
 
     def velocity(z_BTC, t_B):
         rows = z_BTC.shape[0]
         here = condition
         if here is not None:
             here = here.tile(rows // here.mask_BL.shape[0])
-        if here is None or not cfg_coef:
+        if here is None or not both_halves:
             return model(z_BTC, t_B, here)
         both = jax.tree.map(_interleaved, here, here.null())
         v_BTC = model(_interleaved(z_BTC, z_BTC), _interleaved(t_B, t_B), both)
         v_B2TC = rearrange(v_BTC, "(B pair) T C -> B pair T C", pair=2)
-        return (1 + cfg_coef) * v_B2TC[:, 0] - cfg_coef * v_B2TC[:, 1]
+        w = jnp.asarray(cfg_coef, v_BTC.dtype)
+        return (1 + w) * v_B2TC[:, 0] - w * v_B2TC[:, 1]
 
     return velocity
 
@@ -157,38 +162,51 @@ def solve(
 
     Guidance is the velocity's business (`guided`); here every step is one call.
     """
+    return _solve(velocity, z_BTC, *_steps(plan), plan.solver)
+
+
+def _steps(plan: SamplingPlan) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each step begins and how far it goes, each rounded once from float64."""
     grid = plan.grid()
-    now, ahead = jnp.asarray(grid[:-1], jnp.float32), jnp.asarray(np.diff(grid), jnp.float32)
+    return grid[:-1].astype(np.float32), np.diff(grid).astype(np.float32)
+
+
+def _solve(velocity, z_BTC, now, ahead, solver: str):
+    """Solve along steps that may be traced: sway, source and target are no part of a program."""
 
     def at(z, t):
         return velocity(z, jnp.full((z.shape[0],), t))
 
-    if plan.solver == "euler":
+    if solver == "euler":
 
         def euler(z, step):
             t, dt = step
             return (z + dt * at(z, t)).astype(z.dtype), None
 
-        return jax.lax.scan(euler, z_BTC, (now, ahead))[0]
+        return jax.lax.scan(euler, z_BTC, (jnp.asarray(now), jnp.asarray(ahead)))[0]
 
     def midpoint(z, step):
         (t, middle), (half, rest) = step
         between = z + half * at(z, t)
         return (z + (half + rest) * at(between, middle)).astype(z.dtype), None
 
-    pairs = (now.reshape(-1, 2), ahead.reshape(-1, 2))
+    pairs = tuple(jnp.asarray(x).reshape(-1, 2) for x in (now, ahead))
     return jax.lax.scan(midpoint, z_BTC, pairs)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
-def _run(model, condition, z_BTC, plan: SamplingPlan):
-    return solve(guided(model, condition, plan.guidance), z_BTC, plan)
+@functools.partial(jax.jit, static_argnames=("solver", "is_guided"))
+def _run(model, condition, z_BTC, now, ahead, cfg_coef, *, solver: str, is_guided: bool):
+    velocity = guided(model, condition, cfg_coef, enabled=is_guided)
+    return _solve(velocity, z_BTC, now, ahead, solver)
 
 
 def transport(
     model: Any, condition: Any, z_BTC: Float[Array, "B T C"], plan: SamplingPlan
 ) -> Float[Array, "B T C"]:
-    """Return latents brought from `plan.source` to `plan.target`; compiled once per shape and plan.
+    """Return latents brought from `plan.source` to `plan.target`.
+
+    Compiled once for each shape, number of steps, solver and whether there is guidance; its strength,
+    the sway and the times are given to the program.
 
     Args:
       model: see `guided`.
@@ -196,7 +214,10 @@ def transport(
       z_BTC: latents at the source time.
       plan: the grid, the solver and the guidance.
     """
-    return _run(model, condition, z_BTC, plan)
+    return _run(
+        model, condition, z_BTC, *_steps(plan), np.float32(plan.guidance),
+        solver=plan.solver, is_guided=bool(plan.guidance),
+    )  # fmt: skip
 
 
 def generate(

@@ -28,11 +28,16 @@ from jaxherd.methods.flow_sampling import (
     evaluations,
     guided,
     solve,
-    sway_grid,
 )
 from jaxherd.methods.inversion_regularizer import regularize
 
 Scheme = Literal["implicit", "backward_euler", "noise"]
+
+
+def _sampling(
+    plan: "Inversion", source: float, target: float, cfg_coef: float = 0.0
+) -> SamplingPlan:
+    return SamplingPlan(plan.steps, plan.solver, plan.sway, cfg_coef, source, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Inversion:
         paper's comparison are `inversion("regularized")` and so on, see `METHODS`.
       steps, sway: of the grid; the same ones as in the generation that follows, else the
         inversion is not the inverse.
+      solver: of both directions; "midpoint" (even steps, each an evaluation) is for
+        "backward_euler" and "noise" alone, the public demo's plain mode with 64 and 64 steps.
       target_flowstep: where it ends; smaller is a stronger edit.
       iterations, keep: K and k.
       weights: "linear" weighs kept velocity j (from 0) by j / sum of the kept j, "uniform" by 1/k.
@@ -56,6 +63,7 @@ class Inversion:
     scheme: Scheme = "implicit"
     steps: int = 25
     sway: float = -0.8
+    solver: Literal["euler", "midpoint"] = "euler"
     target_flowstep: float = 0.0
     iterations: int = 4
     keep: int = 2
@@ -72,6 +80,11 @@ class Inversion:
     def __post_init__(self):
         if self.scheme not in get_args(Scheme):
             raise JaxherdError(f"scheme={self.scheme!r}: " + nearest(self.scheme, get_args(Scheme)))
+        if self.solver == "midpoint" and self.scheme == "implicit":
+            raise JaxherdError(
+                "the fixed point is that of an Euler step: solver='midpoint' is for scheme="
+                "'backward_euler' or 'noise'."
+            )
         if not 1 <= self.keep <= self.iterations:
             raise JaxherdError(
                 f"keep must lie between 1 and iterations={self.iterations}, got {self.keep}."
@@ -82,7 +95,7 @@ class Inversion:
             raise JaxherdError(
                 f"target_flowstep must lie in [0, 1), got {self.target_flowstep}: 1 is the source."
             )
-        sway_grid(self.steps, self.sway)
+        _sampling(self, 1.0, self.target_flowstep)
 
     @property
     def referenced(self) -> bool:
@@ -135,6 +148,7 @@ METHODS: Mapping[str, Inversion] = {
         iterations=9, keep=2, weights="uniform", lambda_kl=0.065, lambda_pair=20.0
     ),
     "ddim": Inversion("backward_euler"),
+    "ddim_midpoint": Inversion("backward_euler", steps=64, solver="midpoint"),
     "sdedit": Inversion("noise"),
 }
 
@@ -177,10 +191,6 @@ def invert(
     else:
         z_BTC = _implicit(velocity, source_BTC, plan, key)
     return Inverted(z_BTC, z_BTC.std(), plan.evaluations())
-
-
-def _sampling(plan: Inversion, source: float, target: float, cfg_coef: float = 0.0) -> SamplingPlan:
-    return SamplingPlan(plan.steps, "euler", plan.sway, cfg_coef, source, target)
 
 
 def _implicit(velocity, source_BTC, plan: Inversion, key):
@@ -273,7 +283,8 @@ def edit_with(
       source_velocity: for the inversion, without guidance.
       target_velocity: for the generation, guidance included.
       source_BTC: standardised latents of the source.
-      plan: of the inversion; the generation is Euler on the same grid, without regularisation.
+      plan: of the inversion; the generation takes its solver on the same grid, without
+        regularisation.
       key: of the inversion.
       cfg_coef: of the target velocity, to count its evaluations.
       generation_steps: other than the plan's own.
@@ -286,7 +297,6 @@ def edit_with(
     return Edited(latents, inverted, inverted.evaluations + evaluations(generation))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "cfg_coef", "generation_steps"))
 def edit(
     model: Any,
     source_BTC: Float[Array, "B T C"],
@@ -298,7 +308,7 @@ def edit(
     cfg_coef: float = 4.0,
     generation_steps: int | None = None,
 ) -> Edited:
-    """Edit latents with a model; compiled once per shape and plan.
+    """Edit latents with a model; compiled once per shape and plan, whatever the guidance.
 
     Args:
       model: see `jaxherd.methods.flow_sampling.guided`.
@@ -312,13 +322,25 @@ def edit(
     """
     # Without a condition both halves of a guided call would be the same.
     strength = 0.0 if target_condition is None else cfg_coef
+    return _edit(
+        model, source_BTC, source_condition, target_condition, key, np.float32(strength),
+        plan=plan, is_guided=bool(strength), generation_steps=generation_steps,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "is_guided", "generation_steps"))
+def _edit(
+    model, source_BTC, source_condition, target_condition, key, cfg_coef, *, plan, is_guided,
+    generation_steps,
+):  # fmt: skip
     return edit_with(
         guided(model, source_condition),
-        guided(model, target_condition, strength),
+        guided(model, target_condition, cfg_coef, enabled=is_guided),
         source_BTC,
         plan,
         key,
-        cfg_coef=strength,
+        # To count evaluations it matters only whether there is guidance.
+        cfg_coef=float(is_guided),
         generation_steps=generation_steps,
     )
 
@@ -355,9 +377,13 @@ def equal_evaluations(
         cost = plan.evaluations_per_step()
         if generation_steps is None:
             inward = outward = budget // (cost + each)
+            if plan.solver == "midpoint":
+                inward = outward = inward - inward % 2
         else:
             outward = generation_steps
             inward = (budget - outward * each) // cost if cost else outward
+            if plan.solver == "midpoint":
+                inward -= inward % 2
         if inward < 1 or outward < 1:
             raise JaxherdError(
                 f"{name}: {budget} evaluations do not suffice for a step of {cost} for the "

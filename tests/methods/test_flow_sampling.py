@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.layouts import Layout
 from jaxherd.data.audio.latents import LatentClips
+from jaxherd.methods import flow_sampling
 from jaxherd.methods.flow_sampling import (
     SamplingPlan,
     evaluations,
@@ -141,6 +142,27 @@ def test_guidance_is_off_towards_noise():
     there = [SamplingPlan(2, "euler", cfg_coef=w) for w in (0.0, 4.0)]
     a, b = (transport(model, condition, z, p) for p in there)
     assert jnp.abs(a - b).max() > 1e-2
+
+
+def test_one_program_for_a_size_and_its_steps():
+    """Prompt, seed, strength of guidance and sway are given to it; the solver is not."""
+    model, shape = jax.jit(TINY.build)(jax.random.key(0)), dict(batch=2, frames=6)
+
+    def made(seed, label, **plan):
+        condition = model.condition({"labels": jnp.asarray([label, label])})
+        return generate(
+            model, condition, key=jax.random.key(seed), plan=SamplingPlan(4, **plan), **shape
+        )
+
+    made(0, 0, cfg_coef=1.0)
+    before = flow_sampling._run._cache_size()
+    others = [
+        made(0, 0, cfg_coef=3.5), made(0, 1, cfg_coef=1.0), made(1, 0, cfg_coef=1.0, sway=0.0)
+    ]  # fmt: skip
+    assert flow_sampling._run._cache_size() == before
+    assert all(jnp.abs(x - others[0]).max() > 1e-3 for x in others[1:])
+    made(0, 0, solver="euler")
+    assert flow_sampling._run._cache_size() == before + 1
 
 
 def test_generation_is_a_function_of_its_key():

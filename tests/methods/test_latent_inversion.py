@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.methods import latent_inversion
 from jaxherd.methods.flow_sampling import SamplingPlan, solve
 from jaxherd.methods.inversion_regularizer import pair_correlation, patch_kl, regularize
 from jaxherd.methods.latent_inversion import (
@@ -83,7 +84,8 @@ def test_methods_run_and_report(devices):
         assert result.std == pytest.approx(float(result.latents_BTC.std()))
     costs = {name: result.evaluations for name, result in found.items()}
     assert costs == {
-        "regularized": 36, "fixed_point": 24, "renoise": 66, "ddim": 6, "sdedit": 0
+        "regularized": 36, "fixed_point": 24, "renoise": 66, "ddim": 6, "ddim_midpoint": 6,
+        "sdedit": 0,
     }  # fmt: skip
     np.testing.assert_array_equal(
         found["ddim"].latents_BTC,
@@ -215,10 +217,12 @@ def test_equal_evaluations():
     shares = equal_evaluations(240, plans)
     assert {n: (s.inversion_steps, s.evaluations) for n, s in shares.items()} == {
         "regularized": (30, 240), "fixed_point": (40, 240), "renoise": (18, 234),
-        "ddim": (80, 240), "sdedit": (120, 240),
+        "ddim": (80, 240), "ddim_midpoint": (80, 240), "sdedit": (120, 240),
     }  # fmt: skip
     naive = equal_evaluations(125, {"ddim": plans["ddim"]}, guided=False, generation_steps=25)
     assert naive["ddim"].inversion_steps == 100 and naive["ddim"].evaluations == 125
+    pairs = equal_evaluations(125, {"ddim_midpoint": plans["ddim_midpoint"]}, guided=False)
+    assert pairs["ddim_midpoint"].inversion_steps == 62  # steps come in pairs
     with pytest.raises(JaxherdError, match="do not suffice"):
         equal_evaluations(5, plans)
 
@@ -237,8 +241,30 @@ def test_an_edit_with_a_model():
     np.testing.assert_allclose(same.latents_BTC, x, atol=1e-3)
 
 
+def test_the_naive_inversion_by_midpoint_is_nearer_than_by_euler():
+    """The public demo's plain mode: 64 evaluations there and 64 back."""
+    euler = reconstruction(inversion("ddim", steps=64, sway=-0.8))
+    midpoint = reconstruction(inversion("ddim_midpoint"))
+    assert midpoint[2] == euler[2] == 128
+    assert midpoint[0] < euler[0] / 10
+
+
+def test_guidance_is_no_part_of_the_program():
+    config = VelocityTransformerConfig(16, 1, 2, latent_dim=4, conditioner=LabelEmbedding(3))
+    model, x = jax.jit(config.build)(KEY), jax.random.normal(jax.random.key(1), (2, 8, 4))
+    target, plan = model.condition({"labels": jnp.asarray([1, 2])}), inversion("ddim", steps=2)
+    before = latent_inversion._edit._cache_size()
+    made = [
+        edit(model, x, None, target, plan, KEY, cfg_coef=w).latents_BTC for w in (1.0, 2.5, 4.0)
+    ]
+    assert latent_inversion._edit._cache_size() == before + 1
+    assert jnp.abs(made[0] - made[2]).max() > 1e-3
+
+
 def test_errors():
     for make, message in [
+        (lambda: Inversion(solver="midpoint", steps=4), "fixed point is that of an Euler step"),
+        (lambda: inversion("ddim_midpoint", steps=5), "in pairs"),
         (lambda: inversion("dim"), "did you mean 'ddim'"),
         (lambda: Inversion(keep=5), "between 1 and iterations=4"),
         (lambda: Inversion(iterations=1, keep=1), "at least 2"),
