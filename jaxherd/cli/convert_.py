@@ -19,7 +19,8 @@ def main(
 ) -> int:
     """Write a model as a Hugging Face folder or in jaxherd's own format, with its tokenizer.
 
-    Chat template, stop tokens and sampling defaults of the source come along.  A folder of
+    Chat template, stop tokens and sampling defaults of the source come along.  Of Llama Materials
+    so do licence and Notice, and the folder's name must begin with "Llama".  A folder of
     audiocraft's state_dict.bin and compression_state_dict.bin (or either file) becomes a music model (--to jaxherd).
     Example: jaxherd convert smollm2-135m-instruct ./smollm2 --to hf --dtype bfloat16
 
@@ -32,6 +33,7 @@ def main(
     common.use_platform("cpu")
     import jaxherd
     from jaxherd.weights.generation import companion_files, generation_defaults
+    from jaxherd.weights.load import materials_of
     from jaxherd.weights.save import check_target
 
     check_target(folder)
@@ -40,6 +42,10 @@ def main(
     music = published_folder(source)
     if music is not None:
         return _music(str(music), folder, to, dtype)
+    materials, licences, texts = materials_of(source), [], {}
+    if materials is not None:
+        materials.check_export(folder.resolve().name)
+        licences, texts = materials.files()
     companions, has_tokenizer = companion_files(source)
     tokenizer = None if has_tokenizer else _tokenizer(source)
     module = jaxherd.load(source, dtype=dtype)
@@ -49,7 +55,8 @@ def main(
         format=to,
         tokenizer=tokenizer,
         generation=generation_defaults(source),
-        companions=companions,
+        companions=[*companions, *licences],
+        texts=texts,
     )
     beside = " and the tokenizer" if has_tokenizer or tokenizer is not None else ""
     print(f"wrote {module.config.num_params():,} parameters{beside} to {folder}")

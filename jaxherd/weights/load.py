@@ -23,6 +23,7 @@ from jaxherd.weights.assemble import assemble, decoder_placements
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
 from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
 from jaxherd.weights.hf_config import architecture_of, read_config
+from jaxherd.weights.licence import LlamaMaterials, llama_materials
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
 from jaxherd.weights.trained import load_trained, trained_config, trained_folder
@@ -87,6 +88,16 @@ def model_config(source: str | os.PathLike[str]) -> Any:
     if kind == "jaxherd":
         return registry.own_config(entries, str(path))
     return read_config(entries)
+
+
+def materials_of(source: str | os.PathLike[str]) -> LlamaMaterials | None:
+    """Return what makes the model at `source` Llama Materials; None if nothing there says so.
+
+    Raises:
+      JaxherdError: there is no model.
+    """
+    _, path, entries = _located(source)
+    return llama_materials(path if path.is_dir() else path.parent, entries)
 
 
 def _located(source: str | os.PathLike[str]) -> tuple[str, pathlib.Path, dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def save(
     tokenizer: Any = None,
     generation: GenerationDefaults | None = None,
     companions: Sequence[pathlib.Path] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
     """Write a model to a new folder and return its path.
 
@@ -43,6 +44,7 @@ def save(
       tokenizer: is saved beside the model.
       generation: stop tokens and sampling defaults, saved beside the model.
       companions: files that are copied as they are (see `generation.companion_files`).
+      texts: further small files, by name (see `licence.LlamaMaterials.files`).
     Raises:
       JaxherdError: an unknown format, a folder that is not empty or cannot be made, or a model that
         the format cannot express; nothing is written then.
@@ -83,6 +85,8 @@ def save(
             tokenizer.save(scratch)
         for path in companions:
             shutil.copyfile(path, scratch / path.name)
+        for name, text in (texts or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
         if target.exists():
             target.rmdir()
         scratch.rename(target)
