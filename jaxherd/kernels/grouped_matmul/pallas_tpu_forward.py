@@ -35,6 +35,7 @@ def forward(
     tiles: Tiles,
     transposed: bool = False,
     row_scale_M: jax.Array | None = None,
+    expected_rows: int | None = None,
     interpret=False,
 ) -> jax.Array:
     """Return y_MN; with two weights silu(s x w_0) * (s x w_1).
@@ -46,10 +47,11 @@ def forward(
       tiles: see `tiles.forward_tiles`.
       transposed: the weights are given as [G, N, K] (not for codes).
       row_scale_M: s, a factor of each row of x; it meets the float32 accumulator.
+      expected_rows: see `cost`.
       interpret: as of `pallas_call`.
     """
-    (rows, inner), (groups, *shape) = x_MK.shape, weights[0].shape
-    columns = shape[0 if transposed else 1]
+    (rows, inner), shape = x_MK.shape, weights[0].shape
+    columns = shape[1 if transposed else 2]
     blocks, strips = -(-inner // tiles.inner), -(-columns // tiles.columns)
     schedule = forward_schedule(group_sizes_G, rows, tiles.rows)
 
@@ -110,32 +112,42 @@ def forward(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
-        cost_estimate=cost(x_MK, weights, rows, columns, groups, tiles),
+        cost_estimate=cost(x_MK, weights, columns, tiles, expected_rows=expected_rows),
         interpret=interpret,
         name="grouped_swiglu" if len(weights) > 1 else "grouped_matmul",
     )(*schedule[:6], *operands)
 
 
-def cost(x_MK, weights, rows: int, columns: int, groups: int, tiles: Tiles) -> pl.CostEstimate:
-    """Return what the kernel does at most.
+def cost(
+    x_MK, weights, columns: int, tiles: Tiles, *, expected_rows: int | None = None
+) -> pl.CostEstimate:
+    """Return what the product of the rows needs, if `expected_rows` of them belong to a group.
 
     Each strip of columns reads x once; the matrix of a group is read once if the group has a row,
-    and there are no more such groups than rows.  If K is cut, every visit reads it again.
+    and there are no more such groups than rows.  If K is cut, every visit reads it again.  The tail
+    is neither read nor multiplied, but written.  A chunk of rows that groups share is multiplied
+    for each of them; that depends on the routing and is not counted.
+
+    Args:
+      x_MK, weights, tiles: as of `forward`; shapes are enough.
+      columns: N.
+      expected_rows: all of them by default.
     """
-    inner = x_MK.shape[1]
-    touched = min(groups, rows)
-    reads = touched if tiles.inner >= inner else most_visits(rows, touched, tiles.rows)
+    rows, inner = x_MK.shape
+    used, groups = rows if expected_rows is None else expected_rows, weights[0].shape[0]
+    touched = min(groups, used)
+    reads = touched if tiles.inner >= inner else most_visits(used, touched, tiles.rows)
     matrix_bytes = sum(
         w.nbytes / groups if isinstance(w, QuantizedMatrix) else inner * columns * w.dtype.itemsize
         for w in weights
     )
     strips = -(-columns // tiles.columns)
-    x_bytes = x_MK.size * x_MK.dtype.itemsize * strips
+    x_bytes = used * inner * x_MK.dtype.itemsize * strips
     y_bytes = rows * columns * x_MK.dtype.itemsize
     return pl.CostEstimate(
-        flops=2 * rows * inner * columns * len(weights),
+        flops=2 * used * inner * columns * len(weights),
         bytes_accessed=int(x_bytes + reads * matrix_bytes + y_bytes),
-        transcendentals=rows * columns if len(weights) > 1 else 0,
+        transcendentals=used * columns if len(weights) > 1 else 0,
     )
 
 
