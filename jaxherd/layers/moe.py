@@ -6,7 +6,7 @@ k experts a token, R = N k rows.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -267,9 +267,11 @@ def _swiglu_experts(
     """
     gate_EDF, up_EDF, down_EFD = weights
     eight_bits = active_format() == "fp8"
+    # Of a `custom_vjp` the type checker knows no result.
+    operand: Any = fp8.operand
     if eight_bits:
-        rows_RD = fp8.operand(rows_RD, -1)
-        gate_EDF, up_EDF, down_EFD = (fp8.operand(w, 1) for w in weights)
+        rows_RD = operand(rows_RD, -1)
+        gate_EDF, up_EDF, down_EFD = (operand(w, 1) for w in weights)
     hidden_RF = grouped_swiglu(
         rows_RD, gate_EDF, up_EDF, sizes_E, row_scale_M=score_R, expected_rows=expected_rows,
         implementation=implementation,
@@ -277,7 +279,7 @@ def _swiglu_experts(
     if eight_bits:
         # The fused kernel gives no access to the two products; the gradient of what they make is
         # rounded.
-        hidden_RF = fp8.operand(fp8.product(hidden_RF), -1)
+        hidden_RF = operand(fp8.product(hidden_RF), -1)
     out_RD = grouped_matmul(
         hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, implementation=implementation
     )

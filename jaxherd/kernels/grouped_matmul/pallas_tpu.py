@@ -1,7 +1,8 @@
 """The TPU kernels with their gradients.
 
 dx is the forward kernel with the matrices read transposed (no copy of them is made); dw is a kernel
-of its own.  Axis letters: M rows, K inner, G groups, N columns.
+of its own.  The gated product keeps x gate and x up for its gradient, from the pass that makes h of
+them (README.md weighs this).  Axis letters: M rows, K inner, G groups, N columns.
 """
 
 import dataclasses
@@ -33,8 +34,10 @@ def _product(
                    expected_rows=expected_rows, interpret=interpret)  # fmt: skip
 
 
-def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False) -> Tiles:
-    """Return the tiles of a forward product."""
+def tiles_of(
+    x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False, results: int = 1
+) -> Tiles:
+    """Return the tiles of a forward product; arguments as of `forward` and `forward_tiles`."""
     w = weights[0]
     rows, inner = x_MK.shape
     choose = functools.partial(
@@ -44,6 +47,7 @@ def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: boo
         w.shape[1 if transposed else 2],
         x_bytes=x_MK.dtype.itemsize,
         matrices=len(weights),
+        results=results,
     )
     if transposed and x_MK.shape[0] >= limits.few_borders * w.shape[0]:
         limits = dataclasses.replace(limits, row_chunk=limits.rows)
@@ -102,26 +106,36 @@ def grouped_swiglu(
 ):  # fmt: skip
     """Return h_MN; see `api.grouped_swiglu`.  `row_scale_M` may be None."""
     weights = (gate_GKN, up_GKN)
-    tiles = tiles_of(x_MK, weights, limits)
-    return forward(x_MK, weights, group_sizes_G, tiles=tiles, row_scale_M=row_scale_M,
-                   expected_rows=expected_rows, interpret=interpret)  # fmt: skip
+    return _gated(
+        x_MK, weights, group_sizes_G, row_scale_M, limits, interpret, expected_rows, False
+    )
+
+
+def _gated(
+    x_MK, weights, group_sizes_G, row_scale_M, limits, interpret, expected_rows, products
+):  # fmt: skip
+    tiles = tiles_of(x_MK, weights, limits, results=3 if products else 1)
+    return forward(
+        x_MK, weights, group_sizes_G, tiles=tiles, row_scale_M=row_scale_M, products=products,
+        expected_rows=expected_rows, interpret=interpret,
+    )  # fmt: skip
 
 
 def _swiglu_forward(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, *how):
-    h_MN = grouped_swiglu(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, *how)
-    return h_MN, (x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M)
+    weights = (gate_GKN, up_GKN)
+    h_MN, a0_MN, b0_MN = _gated(x_MK, weights, group_sizes_G, row_scale_M, *how, True)
+    return h_MN, (x_MK, *weights, group_sizes_G, row_scale_M, a0_MN, b0_MN)
 
 
 def _swiglu_backward(limits, interpret, expected_rows, saved, dh_MN):
-    """a = s x gate and b = s x up are computed again, without s, which then has its gradient too.
-
-    With a0 = x gate, b0 = x up:  da = dh b silu'(a), db = dh silu(a),
+    """With a0 = x gate, b0 = x up, a = s a0, b = s b0:  da = dh b silu'(a), db = dh silu(a),
     ds = sum over N of (da a0 + db b0), dx = (s da) gate^T + (s db) up^T, dgate = x^T (s da).
+
+    The products are kept without s, which then has its gradient where it is zero too.
     """
-    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M = saved
+    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, a0_MN, b0_MN = saved
     how = (limits, interpret, expected_rows)
-    a0_MN = _product(x_MK, gate_GKN, group_sizes_G, *how).astype(jnp.float32)
-    b0_MN = _product(x_MK, up_GKN, group_sizes_G, *how).astype(jnp.float32)
+    a0_MN, b0_MN = a0_MN.astype(jnp.float32), b0_MN.astype(jnp.float32)
     used_M1 = (jnp.arange(x_MK.shape[0]) < group_sizes_G.sum())[:, None]
     dh_MN = jnp.where(used_M1, dh_MN, 0).astype(jnp.float32)
     s_M1 = jnp.ones((), jnp.float32)
@@ -143,4 +157,5 @@ def _swiglu_backward(limits, interpret, expected_rows, saved, dh_MN):
     return dx_MK, dgate_GKN, dup_GKN, None, ds_M
 
 
-grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+# Where a pass is to be computed again, its first run needs no products and writes none.
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)
