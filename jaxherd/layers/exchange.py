@@ -33,8 +33,10 @@ def exchange_rows(
     """Return what the experts make of the rows, as if every device held all experts.
 
     Args:
-      compute: maps (rows sorted by local expert with an arbitrary tail, sizes [e], weights) to
-        rows; a function of module level or a `functools.partial` of one.
+      compute: maps (rows sorted by local expert with an arbitrary tail, sizes [e], weights,
+        expected_rows=) to rows; a function of module level or a `functools.partial` of one.  The
+        buffer holds `balance` times the rows that a uniform load fills: `expected_rows` says how
+        many those are.
       rows_RD: sorted by expert.
       sizes_E: rows of each expert on this device; their sum is R.
       weights: a pytree of the local experts' arrays.
@@ -53,7 +55,7 @@ def exchange_rows(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
     def serve(number, y_RD):
-        plan = _Round(sizes_PPe, number, quota, axis)
+        plan = _Round(sizes_PPe, number, quota, axis, len(rows_RD))
         return plan.combine(plan.local(compute, plan.dispatch(rows_RD), weights), y_RD)
 
     def more(y_RD):
@@ -74,7 +76,7 @@ def _exchange_backward(compute, quota, axis, saved, dy_RD):
     rows_RD, sizes_PPe, weights = saved
 
     def serve(number, d_rows_RD):
-        plan = _Round(sizes_PPe, number, quota, axis)
+        plan = _Round(sizes_PPe, number, quota, axis, len(rows_RD))
         local = functools.partial(plan.local, compute)
         _, pull = jax.vjp(local, plan.dispatch(rows_RD), weights)
         d_arrived_CD, d_part = pull(plan.dispatch(dy_RD))
@@ -114,10 +116,12 @@ def _unwritten(rows_RD):
 class _Round:
     """Who sends what where in one round."""
 
-    def __init__(self, sizes_PPe, number, quota: int, axis: str):
+    def __init__(self, sizes_PPe, number, quota: int, axis: str, rows: int):
         self._axis, self._here = axis, jax.lax.axis_index(axis)
         devices = sizes_PPe.shape[0]
         self._capacity = devices * quota
+        # Under a uniform load as many rows arrive as leave.
+        self._expected = min(rows, self._capacity)
         counts_PP = sizes_PPe.sum(axis=-1)
         # Of the run from p to q this round takes rows [number quota, (number + 1) quota).
         ends_PPe = jnp.cumsum(sizes_PPe, axis=-1)
@@ -151,9 +155,10 @@ class _Round:
         """Return the experts' results for the rows that arrived, in their order."""
         sizes_e = self._sizes_Pe.sum(axis=0)
         if len(sizes_e) == 1:  # the rows of one expert are in order as they come
-            return compute(arrived_CD, sizes_e, weights)
+            return compute(arrived_CD, sizes_e, weights, expected_rows=self._expected)
         order_C, back_C = _regroup(self._sizes_Pe, self._capacity)
-        computed_CD = compute(permute(arrived_CD, order_C, back_C), sizes_e, weights)
+        rows_CD = permute(arrived_CD, order_C, back_C)
+        computed_CD = compute(rows_CD, sizes_e, weights, expected_rows=self._expected)
         return permute(computed_CD, back_C, order_C)
 
 

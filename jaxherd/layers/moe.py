@@ -6,7 +6,7 @@ k experts a token, R = N k rows.
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -258,22 +258,29 @@ def _experts_of_device(
     return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)
 
 
-def _swiglu_experts(implementation, rows_RD, sizes_E, weights, score_R=None):
+def _swiglu_experts(
+    implementation, rows_RD, sizes_E, weights, score_R=None, *, expected_rows=None
+):  # fmt: skip
     """Return (silu(u W_gate) * u W_up) W_down of each row's expert, u = score x row.
 
     Rows are sorted by expert.
     """
     gate_EDF, up_EDF, down_EFD = weights
     eight_bits = active_format() == "fp8"
+    # Of a `custom_vjp` the type checker knows no result.
+    operand: Any = fp8.operand
     if eight_bits:
-        rows_RD = fp8.operand(rows_RD, -1)
-        gate_EDF, up_EDF, down_EFD = (fp8.operand(w, 1) for w in weights)
+        rows_RD = operand(rows_RD, -1)
+        gate_EDF, up_EDF, down_EFD = (operand(w, 1) for w in weights)
     hidden_RF = grouped_swiglu(
-        rows_RD, gate_EDF, up_EDF, sizes_E, row_scale_M=score_R, implementation=implementation
-    )
+        rows_RD, gate_EDF, up_EDF, sizes_E, row_scale_M=score_R, expected_rows=expected_rows,
+        implementation=implementation,
+    )  # fmt: skip
     if eight_bits:
         # The fused kernel gives no access to the two products; the gradient of what they make is
         # rounded.
-        hidden_RF = fp8.operand(fp8.product(hidden_RF), -1)
-    out_RD = grouped_matmul(hidden_RF, down_EFD, sizes_E, implementation=implementation)
+        hidden_RF = operand(fp8.product(hidden_RF), -1)
+    out_RD = grouped_matmul(
+        hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, implementation=implementation
+    )
     return fp8.product(out_RD) if eight_bits else out_RD

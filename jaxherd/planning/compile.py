@@ -13,7 +13,7 @@ from typing import Any
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.targets import Target, parse_target
 from jaxherd.planning import misfit
-from jaxherd.planning.costs import KERNEL_EFFICIENCY, CostModel
+from jaxherd.planning.costs import PEAK, SHARES, CostModel
 from jaxherd.planning.flags import UNTIMED_GPU
 from jaxherd.planning.hlo import Module, parse_hlo
 from jaxherd.planning.links import Fabric
@@ -238,9 +238,11 @@ def _notes(timeline: Timeline, target: Target) -> tuple[str, ...]:
             "This compiler states no cycle estimates: what hides the collectives is not known."
         )
     if timeline.kernels:
+        shares = SHARES.get(target.chip.name, PEAK)
         notes.append(
             f"{len(timeline.kernels)} Pallas kernel calls are priced by the FLOPs they state at "
-            f"{KERNEL_EFFICIENCY:.0%} of peak."
+            f"{shares.matmul:.0%} of peak, as the compiler prices its own large products; attention "
+            f"at {shares.attention:.0%}, its gradient at {shares.attention_gradient:.0%}."
         )
     if timeline.unpriced_kernels:
         names = ", ".join(timeline.unpriced_kernels[:5])

@@ -2,17 +2,44 @@
 
 Where the compiler states `estimated_cycles` they are used.  It states none for copies, dynamic
 updates and Pallas kernels: those are priced by their bytes over the HBM bandwidth, and a kernel by
-the FLOPs that it states, at `KERNEL_EFFICIENCY` of the peak.  All of this is an estimate.
+the FLOPs that it states, at the share of the peak that the compiler grants its own large products
+(`Shares`).  All of this is an estimate.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxherd.core.chips import Chip
 from jaxherd.planning.hlo import Computation, Instruction, Module
 
-# What well-tuned attention and grouped-matmul kernels reach of a TPU's bf16 peak.
-KERNEL_EFFICIENCY = 0.6
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the peak, what kernels are taken to reach on one kind of chip, so that they are priced as
+    XLA prices its own products.
+
+    Attributes:
+      matmul: peak cycles over XLA's estimated cycles of its own product of [8192, 5120] and
+        [5120, 8192], Scout's experts (`tests/benchmarks/matmul_share.py`).
+      attention, attention_gradient: that, times bundles of the grouped product over bundles of the
+        attention kernels per multiplication (inner / tile in the kernels' READMEs, heads of 128):
+        their exponentials keep the matrix unit waiting, the more the wider it is.
+    """
+
+    matmul: float
+    attention: float
+    attention_gradient: float
+
+
+SHARES: Mapping[str, Shares] = {
+    "v5e": Shares(0.97, 0.77, 0.94),
+    "v5p": Shares(0.88, 0.69, 0.85),
+    "v6e": Shares(0.91, 0.33, 0.44),
+    "tpu7x": Shares(0.82, 0.17, 0.26),
+}
+# Elsewhere no compiler says what its own products take: the peak, a lower bound of the time.
+PEAK = Shares(1.0, 1.0, 1.0)
 
 # Lines that move nothing: names for values, control flow (booked by what it runs), ends of copies.
 _FREE = frozenset(
@@ -35,7 +62,7 @@ _FREE = frozenset(
 )
 _MATMULS = frozenset(("dot", "convolution"))
 _NUMBER = r"\d\.\d+e[+-]\d+"
-_STATED = rf"kernel_flops_forward_(?P<forward>{_NUMBER})_backward_(?P<backward>{_NUMBER})"
+_STATED = rf"kernel_flops_fwd_(?P<fwd>{_NUMBER})_dkv_(?P<dkv>{_NUMBER})_dq_(?P<dq>{_NUMBER})"
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 
 
@@ -53,15 +80,17 @@ class Cost:
     """False for a kernel that says nothing of its FLOPs: it is priced by its bytes alone."""
 
 
-def scope_flops(instruction: Instruction) -> float:
-    """Return the FLOPs that a kernel's name scope states, 0 if none does.
+def attention_flops(instruction: Instruction) -> tuple[float, bool]:
+    """Return (FLOPs that an attention kernel's name scope states or 0, whether of its gradient).
 
-    `kernels/attention/splash.py` writes the scope; the kernel's own name tells the backward pass.
+    `kernels/attention/splash.py` writes the scope; jax names the kernel after its pass, in a scope
+    of its own as well, since a call in a loop over rows has another name.
     """
     found = re.search(_STATED, instruction.op_name)
     if found is None:
-        return 0.0
-    return float(found["backward" if re.search(r"_d(kv|q)_", instruction.name) else "forward"])
+        return 0.0, False
+    backward = re.search(r"splash_\w+?_(dkv|dq)_", f"{instruction.op_name}/{instruction.name}")
+    return float(found[backward[1] if backward else "fwd"]), backward is not None
 
 
 class CostModel:
@@ -72,6 +101,7 @@ class CostModel:
         self.chip = chip
         self.peak = chip.peak(dtype) / chip.devices_per_chip
         self.bandwidth = chip.hbm_bytes_per_s / chip.devices_per_chip
+        self.shares = SHARES.get(chip.name, PEAK)
 
     def has_matmul(self, instruction: Instruction) -> bool:
         """Whether it is a matmul, or a fusion around one."""
@@ -95,8 +125,11 @@ class CostModel:
                 return Cost(transfer, 0.0, moved)
             estimate = instruction.cost_estimate()
             flops, stated = estimate or (0.0, 0.0)
-            flops = flops or scope_flops(instruction)
-            matmul = flops / (self.peak * KERNEL_EFFICIENCY)
+            share = self.shares.matmul
+            if not flops:
+                flops, gradient = attention_flops(instruction)
+                share = self.shares.attention_gradient if gradient else self.shares.attention
+            matmul = flops / (self.peak * share)
             seconds = max(matmul, max(moved, stated) / self.bandwidth)
             return Cost(seconds, matmul, max(moved, stated), kernel=True, priced=bool(flops))
         cycles = instruction.estimated_cycles

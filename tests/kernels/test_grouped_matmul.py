@@ -286,5 +286,7 @@ def test_what_is_wrong_is_told():
         api._check("grouped_matmul", x, [jnp.ones((1, 3, 2))], sizes)
     with pytest.raises(JaxherdError, match="2 group sizes for 1 matrices"):
         api._check("grouped_matmul", x, [w], jnp.array([1, 1]))
+    with pytest.raises(JaxherdError, match="3 rows are expected of a matrix with 2"):
+        grouped_matmul(x, w, sizes, expected_rows=3)
     with pytest.raises(JaxherdError, match="differ in shape"):
         api._check("grouped_swiglu", x, [w, jnp.ones((1, 2, 3))], sizes)

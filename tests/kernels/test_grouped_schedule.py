@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxherd.kernels import quantize
+from jaxherd.kernels import grouped_matmul, quantize
 from jaxherd.kernels.grouped_matmul import pallas_tpu_forward
 from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS
 from jaxherd.kernels.grouped_matmul.schedule import (
@@ -82,7 +82,7 @@ def test_two_rows_over_128_experts_read_two_matrices():
     tiles = forward_tiles(
         2, spec.inner, spec.columns, LIMITS["v5e"], x_bytes=2, w_bytes=2, matrices=2
     )
-    cost = pallas_tpu_forward.cost(x, (w, w), 2, spec.columns, 128, tiles)
+    cost = pallas_tpu_forward.cost(x, (w, w), spec.columns, tiles)
     two_experts = 2 * 2 * spec.inner * spec.columns * 2
     assert two_experts <= cost.bytes_accessed <= 1.01 * two_experts
 
@@ -96,9 +96,60 @@ def test_codes_are_priced_by_their_bytes():
     w = quantize(jnp.ones((4, 256, 512)), bits=4, packed=True)
     tiles = forward_tiles(4, 256, 512, FALLBACK, x_bytes=2, w_bytes=0.5)
     x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
-    cost = pallas_tpu_forward.cost(x, (w,), 4, 512, 4, tiles)
+    cost = pallas_tpu_forward.cost(x, (w,), 512, tiles)
     wanted = 4 * (256 * 512 // 2 + 512 * 4) + 2 * 4 * (256 + 512)
     assert cost.bytes_accessed == wanted
+
+
+def stated(function, *arguments):
+    """Return the cost estimates of the Pallas calls of a program, by the kernels' names."""
+    found = {}
+
+    def walk(jaxpr):
+        for line in jaxpr.eqns:
+            if line.primitive.name == "pallas_call":
+                found.setdefault(line.params["name"], []).append(line.params["cost_estimate"])
+            for inner in jax.tree.leaves(
+                list(line.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+            ):
+                if hasattr(inner, "eqns") and line.primitive.name != "pallas_call":
+                    walk(inner)
+                elif hasattr(inner, "jaxpr"):
+                    walk(inner.jaxpr)
+
+    walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_rows_of_the_tail_cost_nothing_but_their_zeros(implementation):
+    """A receive buffer of which half is expected to be filled: values, dx and dw."""
+    rows, inner, columns, groups, half = 64, 128, 256, 2, 32
+    x, w = jnp.ones((rows, inner)), jnp.ones((groups, inner, columns))
+
+    def costs(expected):
+        def run(x, w):
+            y, pull = jax.vjp(
+                lambda x, w: grouped_matmul(
+                    x, w, jnp.array([16, 16]), expected_rows=expected,
+                    implementation=implementation, interpret=True,
+                ),
+                x, w,
+            )  # fmt: skip
+            return pull(y)
+
+        found = stated(run, x, w)
+        assert {name: len(calls) for name, calls in found.items()} == {
+            "grouped_matmul": 2, "grouped_matmul_dw": 1,
+        }  # fmt: skip
+        return (*found["grouped_matmul"], *found["grouped_matmul_dw"])
+
+    flops = 2 * inner * columns
+    assert [c.flops for c in costs(None)] == [rows * flops] * 3
+    assert [c.flops for c in costs(half)] == [half * flops] * 3
+    # Both read half of x less; y is written whole, and so is dx; dw reads half of x and dy.
+    saved = [a.bytes_accessed - b.bytes_accessed for a, b in zip(costs(None), costs(half))]
+    assert saved == [half * inner * 4, half * columns * 4, half * (inner + columns) * 4]
 
 
 @pytest.mark.parametrize("chip", [*LIMITS, None])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
-from jaxherd.planning.costs import scope_flops
+from jaxherd.planning.costs import attention_flops
 from jaxherd.planning.hlo import Shape, parse_hlo, replica_groups
 
 # Written by hand: a loop of 3 around a loop of 5, and a loop whose bound is an argument.
@@ -159,8 +159,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %splash_mha_fwd.1 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 256}"
-}}, metadata={op_name="jit(f)/kernel_flops_forward_1.500000e+06_backward_3.750000e+06/pallas_call"}
-  %splash_mha_dkv_no_residuals.1 = f32[8]{0} custom-call(%splash_mha_fwd.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp())/kernel_flops_forward_1.500000e+06_backward_3.750000e+06/pallas_call"}
+}}, metadata={op_name="jit(f)/kernel_flops_fwd_1.500000e+06_dkv_3.000000e+06_dq_2.250000e+06/pallas_call"}
+  %splash_mha_dkv_no_residuals.1 = f32[8]{0} custom-call(%splash_mha_fwd.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp())/kernel_flops_fwd_1.500000e+06_dkv_3.000000e+06_dq_2.250000e+06/pallas_call"}
+  %splash_mha_dq_no_residuals.1 = f32[8]{0} custom-call(%splash_mha_fwd.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp())/kernel_flops_fwd_1.500000e+06_dkv_3.000000e+06_dq_2.250000e+06/pallas_call"}
   ROOT %y = f32[8]{0} tanh(%splash_mha_dkv_no_residuals.1), metadata={op_name="jit(f)/tanh"}
 }
 """
@@ -171,6 +172,9 @@ def test_a_kernel_whose_attributes_hold_line_breaks_is_one_instruction():
     assert [line.name for line in lines][1:] == [
         "splash_mha_fwd.1",
         "splash_mha_dkv_no_residuals.1",
+        "splash_mha_dq_no_residuals.1",
         "y",
     ]
-    assert [scope_flops(line) for line in lines] == [0, 1.5e6, 3.75e6, 0]
+    assert [attention_flops(line) for line in lines] == [
+        (0, False), (1.5e6, False), (3e6, True), (2.25e6, True), (0, False),
+    ]  # fmt: skip

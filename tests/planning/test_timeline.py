@@ -197,11 +197,11 @@ ENTRY %main (x: bf16[1024,1024]) -> bf16[256,1024] {
 def test_kernels_are_priced_by_their_own_estimate():
     text = program(
         '  ROOT %k = bf16[1024,1024]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
-        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"275400000000",'
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"403920000000",'
         '"transcendentals":"0","bytes_accessed":"4194304"}}}\n'
     )
     result = timeline(text)
-    # 275.4 GFLOP at 60% of 459 TFLOP/s is one millisecond.
+    # 403.92 GFLOP at 88% of 459 TFLOP/s is one millisecond.
     assert result.matmul_seconds == pytest.approx(1e-3)
     assert result.kernels == ("k",) and not result.unpriced_kernels
 

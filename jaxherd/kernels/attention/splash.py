@@ -200,7 +200,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
 
 
 def row_pairs(mask: AttentionMask, length: int, keys: int) -> int:
-    """Return the pairs that the rule allows in a row that is one document."""
+    """Return the pairs that the rule allows in a row that is one document.
+
+    For a packed row, whose documents do not see each other, and for one with padding this is an
+    upper bound, as are all figures made of it; for a prefix rule, of which the causal pairs alone
+    are counted, a lower one.  What is between is known at run time only.
+    """
     if mask.kind == "bidirectional":
         return length * keys
     # Queries are the last tokens of the document.
@@ -221,7 +226,8 @@ def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpre
     """Run splash under a rule by index, on one device (also inside of a `shard_map`).
 
     Queries come scaled.  A query that sees no key gives some average of values, never NaN.
-    `pairs` are those of a row, from which the planner learns the FLOPs; None leaves them unsaid.
+    `pairs` are those of a row (`row_pairs`), from which the planner learns the FLOPs; None leaves
+    them unsaid.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     block_q, block_kv = block_size(length), block_size(keys)
@@ -242,8 +248,9 @@ def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpre
     # A map by ids differs by row, and rows of different maps run one after the other: for short rows
     # the ids are compared inside of the blocks alone.
     by_ids = q.shape[0] == 1 or k.shape[2] // block_kv > _SHORT_BLOCKS
+    fused = k.shape[2] // block_kv <= _FUSED_BLOCKS
     one = functools.partial(
-        _row_of_splash, block_q=block_q, block_kv=block_kv, rule=rule, by_ids=by_ids,
+        _row_of_splash, block_q=block_q, block_kv=block_kv, rule=rule, by_ids=by_ids, fused=fused,
         interpret=interpret,
     )  # fmt: skip
     # What all rows share stays out of the loop over rows, and static if it is.
@@ -252,13 +259,24 @@ def attend_rule(q_BTNH, k_BSKH, v_BSKH, rule: IndexRule, *, pairs=None, interpre
     given = (x[0] if x is not None and axis is None else x for x, axis in zip(arrays, in_axes))
     name = "attention"
     if pairs is not None:
-        flops = 4.0 * pairs * q_BTNH.shape[0] * q_BTNH.shape[2] * q_BTNH.shape[3]
-        # jax's kernels carry no cost estimate: the scope's name tells `planning/costs.py` what
-        # one pass needs, two matmuls forward and five backward.
-        name = f"kernel_flops_forward_{flops:.6e}_backward_{2.5 * flops:.6e}"
+        # Where the map differs by row, each row is a call of the kernel by itself.
+        alone = in_axes[0] == 0 or (by_ids and in_axes[1] == 0)
+        rows = 1 if alone else q_BTNH.shape[0]
+        name = flops_scope(2.0 * pairs * rows * q_BTNH.shape[2] * q_BTNH.shape[3], fused)
     with jax.named_scope(name):
         out: Any = jax.vmap(one, in_axes=(0, 0, 0, *in_axes))(q, k, v, *given)
     return rearrange(out, "B N T H -> B T N H")[:, :length].astype(q_BTNH.dtype)
+
+
+def flops_scope(product: float, fused: bool) -> str:
+    """Return the scope's name that tells `planning/costs.py` the FLOPs of one call of each kernel.
+
+    jax's kernels carry no cost estimate and take none (README.md).  `product` are the FLOPs of one
+    matrix product over all pairs.  Forward makes two (q k^T, p v); the fused gradient five (q k^T,
+    do v^T, p^T do, ds^T q, ds k), of two kernels that of k and v four and that of q three.
+    """
+    dkv, dq = (5, 0) if fused else (4, 3)
+    return f"kernel_flops_fwd_{2 * product:.6e}_dkv_{dkv * product:.6e}_dq_{dq * product:.6e}"
 
 
 def _pad(x, more, value):
@@ -291,7 +309,7 @@ def block_map(top_T, q_ids_T, k_ids_S, rule: IndexRule, block_q, block_kv, lengt
 
 
 def _row_of_splash(
-    q_NTH, k_KSH, v_KSH, top_T, q_ids_T, k_ids_S, *, block_q, block_kv, rule, by_ids,
+    q_NTH, k_KSH, v_KSH, top_T, q_ids_T, k_ids_S, *, block_q, block_kv, rule, by_ids, fused,
     interpret,
 ):  # fmt: skip
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -305,7 +323,6 @@ def _row_of_splash(
     ids = (q_ids_T, k_ids_S) if by_ids else (None, None)
     needed, width, height = block_map(top_T, *ids, rule, block_q, block_kv, length, keys)
     xp = np if isinstance(needed, np.ndarray) else jnp
-    fused = needed.shape[1] <= _FUSED_BLOCKS
     top: Any = None if top_T is None else jnp.asarray(top_T, jnp.int32)
 
     def made(at, works) -> Any:

@@ -24,6 +24,7 @@ def grouped_matmul(
     w_GKN: Float[Array, "G K N"] | QuantizedMatrix,
     group_sizes_G: Int[Array, "G"],
     *,
+    expected_rows: int | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
@@ -49,18 +50,20 @@ def grouped_matmul(
       w_GKN: one matrix a group; a code is dequantised inside pallas_tpu, before the product
         elsewhere, and is a constant to the gradient.
       group_sizes_G: rows of each group; zero is allowed; the sum is at most M.
+      expected_rows: what the sum of the sizes is expected to be; M by default.  It changes no
+        result: our Pallas kernels tell XLA and the planner what they cost with so many rows.
       implementation: see above.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
     Returns:
       [M, N] in the dtype of `x_MK`, accumulated in float32.  Products of float32 operands have the
       platform's default precision.
     Raises:
-      JaxherdError: an unknown implementation, one that this platform cannot run, or shapes that
-        do not fit each other.
+      JaxherdError: an unknown implementation, one that this platform cannot run, shapes that do
+        not fit each other, or more expected rows than there are.
     """
     name = _choose("grouped_matmul", implementation, interpret)
-    _check("grouped_matmul", x_MK, [w_GKN], group_sizes_G)
-    return _product(name, x_MK, w_GKN, group_sizes_G, interpret)
+    _check("grouped_matmul", x_MK, [w_GKN], group_sizes_G, expected_rows)
+    return _product(name, x_MK, w_GKN, group_sizes_G, interpret, expected_rows)
 
 
 def grouped_swiglu(
@@ -70,6 +73,7 @@ def grouped_swiglu(
     group_sizes_G: Int[Array, "G"],
     *,
     row_scale_M: Float[Array, "M"] | None = None,
+    expected_rows: int | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
@@ -85,33 +89,35 @@ def grouped_swiglu(
       gate_GKN, up_GKN: as `w_GKN` of `grouped_matmul`.
       group_sizes_G: rows of each group; rows past their sum give zeros.
       row_scale_M: s, or None for 1.
-      implementation, interpret: see `grouped_matmul`.
+      expected_rows, implementation, interpret: see `grouped_matmul`.
     Returns:
       [M, N] in the dtype of `x_MK`.
     Raises:
       JaxherdError: as `grouped_matmul`.
     """
     name = _choose("grouped_swiglu", implementation, interpret)
-    _check("grouped_swiglu", x_MK, [gate_GKN, up_GKN], group_sizes_G)
+    _check("grouped_swiglu", x_MK, [gate_GKN, up_GKN], group_sizes_G, expected_rows)
     if name == "pallas_tpu":
         from jaxherd.kernels.grouped_matmul import pallas_tpu
 
         return pallas_tpu.grouped_swiglu(
-            x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits_of(chip()), interpret
-        )
+            x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits_of(chip()), interpret,
+            expected_rows,
+        )  # fmt: skip
     if row_scale_M is not None:
         x_MK = x_MK * row_scale_M[:, None].astype(x_MK.dtype)
-    gate_MN = _product(name, x_MK, gate_GKN, group_sizes_G, interpret)
-    return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, group_sizes_G, interpret)
+    args = (group_sizes_G, interpret, expected_rows)
+    gate_MN = _product(name, x_MK, gate_GKN, *args)
+    return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, *args)
 
 
-def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool) -> Any:
+def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool, expected_rows) -> Any:
     if name == "pallas_tpu":
         from jaxherd.kernels.grouped_matmul import pallas_tpu
 
         return pallas_tpu.grouped_matmul(
-            x_MK, w_GKN, group_sizes_G, limits_of(chip()), interpret
-        )  # fmt: skip
+            x_MK, w_GKN, group_sizes_G, limits_of(chip()), interpret, expected_rows
+        )
     if isinstance(w_GKN, QuantizedMatrix):
         # The definition multiplies the exact values of the code; the others what x's dtype holds.
         w_GKN = w_GKN.dequantize(jnp.float32 if name == "reference" else x_MK.dtype)
@@ -126,7 +132,7 @@ def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool) -> Any:
     if name == "pallas_gpu":
         from jaxherd.kernels.grouped_matmul import pallas_gpu
 
-        return pallas_gpu.grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret)
+        return pallas_gpu.grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret, expected_rows)
     from jaxherd.kernels.grouped_matmul import megablox
 
     return _zero_tail(
@@ -152,8 +158,13 @@ def _choose(function: str, implementation: str | None, interpret: bool) -> str:
     return implementation
 
 
-def _check(function: str, x_MK, weights: list[Any], group_sizes_G) -> None:
+def _check(function: str, x_MK, weights: list[Any], group_sizes_G, expected_rows=None) -> None:
     w_GKN = weights[0]
+    if expected_rows is not None and not 0 <= expected_rows <= x_MK.shape[0]:
+        raise JaxherdError(
+            f"{function}: {expected_rows} rows are expected of a matrix with {x_MK.shape[0]}; give "
+            "0 to all of them."
+        )
     if len(w_GKN.shape) != 3 or w_GKN.shape[1] != x_MK.shape[1]:
         raise JaxherdError(
             f"{function}: x has K = {x_MK.shape[1]} and the matrices the shape "

@@ -20,10 +20,10 @@ from jaxherd.kernels.grouped_matmul.schedule import forward_schedule, most_visit
 _ROWS, _INNER, _COLUMNS = 64, 64, 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret: bool):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret: bool, expected_rows: int | None = None):
     """Return y_MN; see `api.grouped_matmul`."""
-    return _product(x_MK, w_GKN, group_sizes_G, interpret, transposed=False)
+    return _product(x_MK, w_GKN, group_sizes_G, interpret, expected_rows, transposed=False)
 
 
 def _side(size: int, most: int) -> int:
@@ -31,7 +31,7 @@ def _side(size: int, most: int) -> int:
     return min(most, max(16, pl.next_power_of_2(size)))
 
 
-def _product(x_MK, w_GKN, group_sizes_G, interpret, *, transposed):
+def _product(x_MK, w_GKN, group_sizes_G, interpret, expected_rows, *, transposed):
     (rows, inner), groups = x_MK.shape, w_GKN.shape[0]
     columns = w_GKN.shape[1 if transposed else 2]
     m, k, n = _side(rows, _ROWS), _side(inner, _INNER), _side(columns, _COLUMNS)
@@ -39,14 +39,15 @@ def _product(x_MK, w_GKN, group_sizes_G, interpret, *, transposed):
     schedule = forward_schedule(group_sizes_G, rows, m)
     kernel = functools.partial(_product_kernel, tile=(m, k, n), transposed=transposed)
     itemsize = x_MK.dtype.itemsize
+    used = rows if expected_rows is None else expected_rows
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, columns), x_MK.dtype),
         grid=(visits, pl.cdiv(columns, n)),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inner * columns,
-            bytes_accessed=(rows * (inner + columns) + min(groups, rows) * inner * columns)
+            flops=2 * used * inner * columns,
+            bytes_accessed=(used * inner + rows * columns + min(groups, used) * inner * columns)
             * itemsize,
             transcendentals=0,
         ),
@@ -93,19 +94,20 @@ def _product_kernel(
     )
 
 
-def _weight_gradient(x_MK, dy_MN, group_sizes_G, dtype, interpret):
+def _weight_gradient(x_MK, dy_MN, group_sizes_G, dtype, interpret, expected_rows):
     (rows, inner), columns, groups = x_MK.shape, dy_MN.shape[1], group_sizes_G.shape[0]
     m, k, n = _side(rows, _INNER), _side(inner, _ROWS), _side(columns, _COLUMNS)
     stop_G = jnp.cumsum(group_sizes_G.astype(jnp.int32))
     itemsize = x_MK.dtype.itemsize
+    used = rows if expected_rows is None else expected_rows
     return pl.pallas_call(
         functools.partial(_gradient_kernel, tile=(m, k, n)),
         out_shape=jax.ShapeDtypeStruct((groups, inner, columns), dtype),
         grid=(groups, pl.cdiv(inner, k), pl.cdiv(columns, n)),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=3),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inner * columns,
-            bytes_accessed=rows * (inner + columns) * itemsize
+            flops=2 * used * inner * columns,
+            bytes_accessed=used * (inner + columns) * itemsize
             + groups * inner * columns * jnp.dtype(dtype).itemsize,
             transcendentals=0,
         ),
@@ -147,15 +149,16 @@ def _gradient_kernel(start_G, stop_G, x_ref, dy_ref, dw_ref, *, tile):
     )
 
 
-def _forward(x_MK, w_GKN, group_sizes_G, interpret):
-    return grouped_matmul(x_MK, w_GKN, group_sizes_G, interpret), (x_MK, w_GKN, group_sizes_G)
+def _forward(x_MK, w_GKN, group_sizes_G, *how):
+    return grouped_matmul(x_MK, w_GKN, group_sizes_G, *how), (x_MK, w_GKN, group_sizes_G)
 
 
-def _backward(interpret, saved, dy_MN):
+def _backward(interpret, expected_rows, saved, dy_MN):
     x_MK, w_GKN, group_sizes_G = saved
     dy_MN = dy_MN.astype(x_MK.dtype)
-    dx_MK = _product(dy_MN, w_GKN, group_sizes_G, interpret, transposed=True)
-    dw_GKN = _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN.dtype, interpret)
+    how = (interpret, expected_rows)
+    dx_MK = _product(dy_MN, w_GKN, group_sizes_G, *how, transposed=True)
+    dw_GKN = _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN.dtype, *how)
     return dx_MK, dw_GKN, None
 
 

@@ -1,7 +1,8 @@
 """The TPU kernels with their gradients.
 
 dx is the forward kernel with the matrices read transposed (no copy of them is made); dw is a kernel
-of its own.  Axis letters: M rows, K inner, G groups, N columns.
+of its own.  The gated product keeps x gate and x up for its gradient, from the pass that makes h of
+them (README.md weighs this).  Axis letters: M rows, K inner, G groups, N columns.
 """
 
 import dataclasses
@@ -17,20 +18,26 @@ from jaxherd.kernels.grouped_matmul.tiles import Limits, Tiles, forward_tiles, g
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_matmul(x_MK, w_GKN, group_sizes_G, limits: Limits, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def grouped_matmul(
+    x_MK, w_GKN, group_sizes_G, limits: Limits, interpret, expected_rows: int | None = None
+):  # fmt: skip
     """Return y_MN; see `api.grouped_matmul`."""
-    return _product(x_MK, w_GKN, group_sizes_G, limits, interpret)
+    return _product(x_MK, w_GKN, group_sizes_G, limits, interpret, expected_rows)
 
 
-def _product(x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, transposed=False):
+def _product(
+    x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, expected_rows=None, transposed=False
+):  # fmt: skip
     tiles = tiles_of(x_MK, (w_GKN,), limits, transposed)
     return forward(x_MK, (w_GKN,), group_sizes_G, tiles=tiles, transposed=transposed,
-                   interpret=interpret)  # fmt: skip
+                   expected_rows=expected_rows, interpret=interpret)  # fmt: skip
 
 
-def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False) -> Tiles:
-    """Return the tiles of a forward product."""
+def tiles_of(
+    x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: bool = False, results: int = 1
+) -> Tiles:
+    """Return the tiles of a forward product; arguments as of `forward` and `forward_tiles`."""
     w = weights[0]
     rows, inner = x_MK.shape
     choose = functools.partial(
@@ -40,6 +47,7 @@ def tiles_of(x_MK, weights: tuple[Weights, ...], limits: Limits, transposed: boo
         w.shape[1 if transposed else 2],
         x_bytes=x_MK.dtype.itemsize,
         matrices=len(weights),
+        results=results,
     )
     if transposed and x_MK.shape[0] >= limits.few_borders * w.shape[0]:
         limits = dataclasses.replace(limits, row_chunk=limits.rows)
@@ -56,27 +64,30 @@ def _plain(w_GKN: Weights, dtype) -> jax.Array:
     return w_GKN.dequantize(dtype) if isinstance(w_GKN, QuantizedMatrix) else w_GKN
 
 
-def _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN: Weights, limits, interpret):
+def _weight_gradient(
+    x_MK, dy_MN, group_sizes_G, w_GKN: Weights, limits, interpret, expected_rows=None
+):  # fmt: skip
     """Return dw in the dtype of the weights; a code is a constant."""
     if isinstance(w_GKN, QuantizedMatrix):
         return jax.tree.map(_no_gradient, w_GKN)
     dtype = w_GKN.dtype
     rows, inner = x_MK.shape
     tiles = gradient_tiles(rows, inner, dy_MN.shape[1], limits)
-    return gradient(x_MK, dy_MN, group_sizes_G, tiles=tiles, dtype=dtype, interpret=interpret)
+    return gradient(x_MK, dy_MN, group_sizes_G, tiles=tiles, dtype=dtype,
+                    expected_rows=expected_rows, interpret=interpret)  # fmt: skip
 
 
-def _product_forward(x_MK, w_GKN, group_sizes_G, limits, interpret):
-    y_MN = _product(x_MK, w_GKN, group_sizes_G, limits, interpret)
-    return y_MN, (x_MK, w_GKN, group_sizes_G)
+def _product_forward(x_MK, w_GKN, group_sizes_G, *how):
+    return _product(x_MK, w_GKN, group_sizes_G, *how), (x_MK, w_GKN, group_sizes_G)
 
 
-def _product_backward(limits, interpret, saved, dy_MN):
+def _product_backward(limits, interpret, expected_rows, saved, dy_MN):
     x_MK, w_GKN, group_sizes_G = saved
+    how = (limits, interpret, expected_rows)
     dy_MN = dy_MN.astype(x_MK.dtype)
     plain_GKN = _plain(w_GKN, x_MK.dtype)
-    dx_MK = _product(dy_MN, plain_GKN, group_sizes_G, limits, interpret, transposed=True)
-    return dx_MK, _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN, limits, interpret), None
+    dx_MK = _product(dy_MN, plain_GKN, group_sizes_G, *how, transposed=True)
+    return dx_MK, _weight_gradient(x_MK, dy_MN, group_sizes_G, w_GKN, *how), None
 
 
 grouped_matmul.defvjp(_product_forward, _product_backward)
@@ -88,31 +99,43 @@ def _no_gradient(leaf):
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def grouped_swiglu(
-    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits: Limits, interpret
+    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits: Limits, interpret,
+    expected_rows: int | None = None,
 ):  # fmt: skip
     """Return h_MN; see `api.grouped_swiglu`.  `row_scale_M` may be None."""
     weights = (gate_GKN, up_GKN)
-    tiles = tiles_of(x_MK, weights, limits)
-    return forward(x_MK, weights, group_sizes_G, tiles=tiles, row_scale_M=row_scale_M,
-                   interpret=interpret)  # fmt: skip
+    return _gated(
+        x_MK, weights, group_sizes_G, row_scale_M, limits, interpret, expected_rows, False
+    )
 
 
-def _swiglu_forward(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits, interpret):
-    h_MN = grouped_swiglu(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits, interpret)
-    return h_MN, (x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M)
+def _gated(
+    x_MK, weights, group_sizes_G, row_scale_M, limits, interpret, expected_rows, products
+):  # fmt: skip
+    tiles = tiles_of(x_MK, weights, limits, results=3 if products else 1)
+    return forward(
+        x_MK, weights, group_sizes_G, tiles=tiles, row_scale_M=row_scale_M, products=products,
+        expected_rows=expected_rows, interpret=interpret,
+    )  # fmt: skip
 
 
-def _swiglu_backward(limits, interpret, saved, dh_MN):
-    """a = s x gate and b = s x up are computed again, without s, which then has its gradient too.
+def _swiglu_forward(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, *how):
+    weights = (gate_GKN, up_GKN)
+    h_MN, a0_MN, b0_MN = _gated(x_MK, weights, group_sizes_G, row_scale_M, *how, True)
+    return h_MN, (x_MK, *weights, group_sizes_G, row_scale_M, a0_MN, b0_MN)
 
-    With a0 = x gate, b0 = x up:  da = dh b silu'(a), db = dh silu(a),
+
+def _swiglu_backward(limits, interpret, expected_rows, saved, dh_MN):
+    """With a0 = x gate, b0 = x up, a = s a0, b = s b0:  da = dh b silu'(a), db = dh silu(a),
     ds = sum over N of (da a0 + db b0), dx = (s da) gate^T + (s db) up^T, dgate = x^T (s da).
+
+    The products are kept without s, which then has its gradient where it is zero too.
     """
-    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M = saved
-    a0_MN = _product(x_MK, gate_GKN, group_sizes_G, limits, interpret).astype(jnp.float32)
-    b0_MN = _product(x_MK, up_GKN, group_sizes_G, limits, interpret).astype(jnp.float32)
+    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, a0_MN, b0_MN = saved
+    how = (limits, interpret, expected_rows)
+    a0_MN, b0_MN = a0_MN.astype(jnp.float32), b0_MN.astype(jnp.float32)
     used_M1 = (jnp.arange(x_MK.shape[0]) < group_sizes_G.sum())[:, None]
     dh_MN = jnp.where(used_M1, dh_MN, 0).astype(jnp.float32)
     s_M1 = jnp.ones((), jnp.float32)
@@ -126,12 +149,13 @@ def _swiglu_backward(limits, interpret, saved, dh_MN):
     if row_scale_M is not None:
         ds_M = (da_MN * a0_MN + db_MN * b0_MN).sum(axis=1).astype(row_scale_M.dtype)
     da_MN, db_MN = ((s_M1 * d).astype(x_MK.dtype) for d in (da_MN, db_MN))
-    args = (group_sizes_G, limits, interpret)
+    args = (group_sizes_G, *how)
     dx_MK = _product(da_MN, _plain(gate_GKN, x_MK.dtype), *args, transposed=True)
     dx_MK = dx_MK + _product(db_MN, _plain(up_GKN, x_MK.dtype), *args, transposed=True)
-    dgate_GKN = _weight_gradient(x_MK, da_MN, group_sizes_G, gate_GKN, limits, interpret)
-    dup_GKN = _weight_gradient(x_MK, db_MN, group_sizes_G, up_GKN, limits, interpret)
+    dgate_GKN = _weight_gradient(x_MK, da_MN, group_sizes_G, gate_GKN, *how)
+    dup_GKN = _weight_gradient(x_MK, db_MN, group_sizes_G, up_GKN, *how)
     return dx_MK, dgate_GKN, dup_GKN, None, ds_M
 
 
-grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+# Where a pass is to be computed again, its first run needs no products and writes none.
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)

@@ -1,4 +1,5 @@
-"""The grouped product as a TPU kernel: y = x w, y = x w^T and silu(x gate) * (x up) in one pass.
+"""The grouped product as a TPU kernel: y = x w, y = x w^T and silu(x gate) * (x up) in one pass,
+the last also with x gate and x up themselves, which its gradient needs.
 
 Grid: (strips of columns, visits, blocks of K).  Strips come first and are independent, so that two
 cores of a chip share them.  A visit is a tile of rows and a group (`schedule`); visits of one group
@@ -35,8 +36,10 @@ def forward(
     tiles: Tiles,
     transposed: bool = False,
     row_scale_M: jax.Array | None = None,
+    products: bool = False,
+    expected_rows: int | None = None,
     interpret=False,
-) -> jax.Array:
+) -> Any:
     """Return y_MN; with two weights silu(s x w_0) * (s x w_1).
 
     Args:
@@ -46,10 +49,12 @@ def forward(
       tiles: see `tiles.forward_tiles`.
       transposed: the weights are given as [G, N, K] (not for codes).
       row_scale_M: s, a factor of each row of x; it meets the float32 accumulator.
+      products: return (y_MN, x w_0, x w_1), rounded to the dtype of x and without s.
+      expected_rows: see `cost`.
       interpret: as of `pallas_call`.
     """
-    (rows, inner), (groups, *shape) = x_MK.shape, weights[0].shape
-    columns = shape[0 if transposed else 1]
+    (rows, inner), shape = x_MK.shape, weights[0].shape
+    columns = shape[1 if transposed else 2]
     blocks, strips = -(-inner // tiles.inner), -(-columns // tiles.columns)
     schedule = forward_schedule(group_sizes_G, rows, tiles.rows)
 
@@ -87,6 +92,7 @@ def forward(
         for part in _code_parts(w):
             operands.append(part.astype(jnp.float32))
             specs.append(pl.BlockSpec((None, part.shape[1], tiles.columns), scales_map))
+    results = 1 + len(weights) if products else 1
     kernel = functools.partial(
         _kernel,
         tiles=tiles,
@@ -95,14 +101,16 @@ def forward(
         scaled=row_scale_M is not None,
         packed=packed,
         parts=tuple(len(_code_parts(w)) for w in weights),
+        results=results,
     )
-    return pl.pallas_call(
+    name = "grouped_swiglu" if len(weights) > 1 else "grouped_matmul"
+    found = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((rows, columns), x_MK.dtype),
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), x_MK.dtype)] * results,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             in_specs=specs,
-            out_specs=pl.BlockSpec((tiles.rows, tiles.columns), y_map),
+            out_specs=[pl.BlockSpec((tiles.rows, tiles.columns), y_map)] * results,
             grid=(strips, schedule.count, blocks),
             scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32) for _ in weights],
         ),
@@ -110,32 +118,47 @@ def forward(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
-        cost_estimate=cost(x_MK, weights, rows, columns, groups, tiles),
+        cost_estimate=cost(
+            x_MK, weights, columns, tiles, results=results, expected_rows=expected_rows
+        ),
         interpret=interpret,
-        name="grouped_swiglu" if len(weights) > 1 else "grouped_matmul",
+        name=f"{name}_products" if products else name,
     )(*schedule[:6], *operands)
+    return found if products else found[0]
 
 
-def cost(x_MK, weights, rows: int, columns: int, groups: int, tiles: Tiles) -> pl.CostEstimate:
-    """Return what the kernel does at most.
+def cost(
+    x_MK, weights, columns: int, tiles: Tiles, *, results: int = 1,
+    expected_rows: int | None = None,
+) -> pl.CostEstimate:  # fmt: skip
+    """Return what the product of the rows needs, if `expected_rows` of them belong to a group.
 
     Each strip of columns reads x once; the matrix of a group is read once if the group has a row,
-    and there are no more such groups than rows.  If K is cut, every visit reads it again.
+    and there are no more such groups than rows.  If K is cut, every visit reads it again.  The tail
+    is neither read nor multiplied, but written.  A chunk of rows that groups share is multiplied
+    for each of them; that depends on the routing and is not counted.
+
+    Args:
+      x_MK, weights, tiles: as of `forward`; shapes are enough.
+      columns: N.
+      results: how many arrays of [M, N] are written.
+      expected_rows: all of them by default.
     """
-    inner = x_MK.shape[1]
-    touched = min(groups, rows)
-    reads = touched if tiles.inner >= inner else most_visits(rows, touched, tiles.rows)
+    rows, inner = x_MK.shape
+    used, groups = rows if expected_rows is None else expected_rows, weights[0].shape[0]
+    touched = min(groups, used)
+    reads = touched if tiles.inner >= inner else most_visits(used, touched, tiles.rows)
     matrix_bytes = sum(
         w.nbytes / groups if isinstance(w, QuantizedMatrix) else inner * columns * w.dtype.itemsize
         for w in weights
     )
     strips = -(-columns // tiles.columns)
-    x_bytes = x_MK.size * x_MK.dtype.itemsize * strips
-    y_bytes = rows * columns * x_MK.dtype.itemsize
+    x_bytes = used * inner * x_MK.dtype.itemsize * strips
+    y_bytes = results * rows * columns * x_MK.dtype.itemsize
     return pl.CostEstimate(
-        flops=2 * rows * inner * columns * len(weights),
+        flops=2 * used * inner * columns * len(weights),
         bytes_accessed=int(x_bytes + reads * matrix_bytes + y_bytes),
-        transcendentals=rows * columns if len(weights) > 1 else 0,
+        transcendentals=used * columns if len(weights) > 1 else 0,
     )
 
 
@@ -156,7 +179,7 @@ class _Matrix(NamedTuple):
 
 def _kernel(
     live, tile, source, group, start, stop, x_ref, *refs, tiles: Tiles, inner, transposed, scaled,
-    packed, parts,
+    packed, parts, results,
 ):  # fmt: skip
     refs = list(refs)
     row_scale_ref = refs.pop(0) if scaled else None
@@ -164,13 +187,13 @@ def _kernel(
         _Matrix(refs.pop(0), *(refs.pop(0) for _ in range(count)), *(None,) * (2 - count))
         for count in parts
     ]
-    y_ref, *accumulators = refs
+    result_refs, accumulators = refs[:results], refs[results:]
     v, k = pl.program_id(1), pl.program_id(2)
     chunk = tiles.row_chunk
     first, last = start[v] - tile[v] * tiles.rows, stop[v] - tile[v] * tiles.rows
     first, last = jnp.maximum(first, 0), jnp.minimum(last, tiles.rows)
 
-    def write(at, begin, y):
+    def write(y_ref, at, begin, y):
         """Store the rows of the visit; `y` starts at row `begin` of the tile."""
         whole = (first <= begin) & (begin + chunk <= last)
 
@@ -210,8 +233,13 @@ def _kernel(
                 total = accumulator[at, :]
                 if matrix.scales is not None and matrix.scales.shape[0] == 1:
                     total = total * matrix.scales[...]
-                sums.append(total if row_scale_ref is None else total * row_scale_ref[at, :])
-            write(at, begin, sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1])
+                sums.append(total)
+            for product_ref, product in zip(result_refs[1:], sums):
+                write(product_ref, at, begin, product)
+            if row_scale_ref is not None:
+                sums = [total * row_scale_ref[at, :] for total in sums]
+            y = sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
+            write(result_refs[0], at, begin, y)
 
     @pl.when(v < live[0])
     def _():
@@ -219,9 +247,11 @@ def _kernel(
 
     @pl.when((v >= live[0]) & (k == 0))
     def _():
-        each_chunk(
-            lambda at, begin: write(at, begin, jnp.zeros((chunk, tiles.columns), jnp.float32))
-        )
+        def clear(at, begin):
+            for result_ref in result_refs:
+                write(result_ref, at, begin, jnp.zeros((chunk, tiles.columns), jnp.float32))
+
+        each_chunk(clear)
 
 
 def _accumulate(

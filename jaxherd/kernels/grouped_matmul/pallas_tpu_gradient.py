@@ -27,6 +27,7 @@ def gradient(
     *,
     tiles: Tiles,
     dtype=None,
+    expected_rows: int | None = None,
     interpret=False,
 ) -> jax.Array:
     """Return dw_GKN in `dtype` (of x by default), accumulated in float32.
@@ -36,6 +37,7 @@ def gradient(
       group_sizes_G: rows of each group.
       tiles: see `tiles.gradient_tiles`.
       dtype: of the result.
+      expected_rows: of a group, as the kernel's cost is told; all by default.
       interpret: as of `pallas_call`.
     """
     (rows, inner), columns, groups = x_MK.shape, dy_MN.shape[1], group_sizes_G.shape[0]
@@ -52,8 +54,10 @@ def gradient(
     def dw_map(k, n, v, live, tile, source, group, start, stop):
         return group[v], k, n
 
-    x_bytes = x_MK.size * x_MK.dtype.itemsize * strips
-    dy_bytes = dy_MN.size * dy_MN.dtype.itemsize * blocks
+    # Tiles of the tail have no visit: they are neither read nor multiplied.
+    used = rows if expected_rows is None else expected_rows
+    x_bytes = used * inner * x_MK.dtype.itemsize * strips
+    dy_bytes = used * columns * dy_MN.dtype.itemsize * blocks
     dw_bytes = groups * inner * columns * dtype.itemsize
     return pl.pallas_call(
         functools.partial(_kernel, tiles=tiles),
@@ -73,7 +77,7 @@ def gradient(
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inner * columns,
+            flops=2 * used * inner * columns,
             bytes_accessed=x_bytes + dy_bytes + dw_bytes,
             transcendentals=0,
         ),

@@ -103,6 +103,7 @@ def forward_tiles(
     x_bytes: int | float,
     w_bytes: int | float,
     matrices: int = 1,
+    results: int = 1,
     multiple: int = 128,
 ) -> Tiles:
     """Return the tiles of y = x w for `matrices` matrices at once.
@@ -112,6 +113,7 @@ def forward_tiles(
       limits: of the chip.
       x_bytes, w_bytes: of one element (0.5 for int4).
       matrices: multiplied in the same pass (2 for gate and up).
+      results: written in the same pass (3 for the hidden layer and the two products).
       multiple: that chunks of K must be of; a code's scales come in groups.
     """
     tile = _row_tile(rows, limits.rows)
@@ -124,7 +126,7 @@ def forward_tiles(
             # Blocks are held twice: one is computed on while the next is copied.
             need = 2 * tile * _up_to(block, 128) * x_bytes
             need += 2 * matrices * _up_to(block, 128) * strip * w_bytes
-            need += tile * strip * (2 * x_bytes + 4 * matrices)
+            need += tile * strip * (2 * x_bytes * results + 4 * matrices)
             if need <= limits.vmem_bytes and (strip >= min(256, columns) or block == blocks[-1]):
                 chunk = _chunk(block, limits.inner_chunk, multiple)
                 return Tiles(tile, row_chunk, block, chunk, strip, _stated(limits))

@@ -54,6 +54,12 @@ def case(what, M, K, N, G, chip, code=None, group=None):
         like = jax.ShapeDtypeStruct((G, K, N), half)
         call = lambda x, dy, s: pallas_tpu._weight_gradient(x, dy, s, like, limits, False)  # noqa: E731
         return call, [x, dy, sizes]
+    if what == "ours swiglu products":
+
+        def products(x, sizes, score, gate, up):
+            return pallas_tpu._gated(x, (gate, up), sizes, score, limits, False, None, True)
+
+        return products, [x, sizes, score, *w, *w]
     if what == "ours swiglu":
 
         def swiglu(x, sizes, score, *arrays):
@@ -157,12 +163,12 @@ def entries(shape, chip):
     def up(a, b):
         return -(-a // b)
 
-    def ours(what, label, matrices=1, inner=K, columns=N, code=None, group=None, transposed=False):  # fmt: skip
+    def ours(what, label, matrices=1, inner=K, columns=N, code=None, group=None, transposed=False, results=1):  # fmt: skip
         each = 2.0 if code is None else _BYTES[code]
         x, *w = _abstract(M, inner, columns, G, code, group)
         if transposed:
             w = [jax.ShapeDtypeStruct((G, columns, inner), w[0].dtype)]
-        t = pallas_tpu.tiles_of(x, tuple(w) * matrices, limits, transposed)
+        t = pallas_tpu.tiles_of(x, tuple(w) * matrices, limits, transposed, results)
         step = t.row_chunk * min(t.inner_chunk, t.inner) * min(t.columns, columns)
         if t.inner_chunk >= inner:
             # Without a loop over K both products stand in one region.
@@ -171,8 +177,8 @@ def entries(shape, chip):
         w_bytes = touched * inner * columns * each * matrices
         if group:
             w_bytes += touched * inner // group * columns * 4 * matrices
-        moved = up(columns, t.columns) * M * inner * 2 + w_bytes + M * columns * 2
-        floor = (M * inner + M * columns) * 2 + w_bytes
+        moved = up(columns, t.columns) * M * inner * 2 + w_bytes + results * M * columns * 2
+        floor = (M * inner + results * M * columns) * 2 + w_bytes
         arguments = {"what": what, **common, "code": code, "group": group}
         return Entry(label, arguments, ("grouped",), (step,), macs * matrices, moved, floor,
                      passes)  # fmt: skip
@@ -219,6 +225,7 @@ def entries(shape, chip):
         dw_theirs("megablox tgmm", "megablox tgmm"),
         *([dw_theirs("tokamax tgmm", "tokamax tgmm")] if public else []),
         ours("ours swiglu", "ours: swiglu, score inside", matrices=2),
+        ours("ours swiglu products", "ours: swiglu and its products", matrices=2, results=3),
         # The score writes and reads x, the activation reads two results and writes one.
         theirs("megablox swiglu", "2 megablox gmm + elementwise", count=2,
                extra=2 * 2 * M * K + 3 * 2 * M * N),
