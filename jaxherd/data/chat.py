@@ -80,14 +80,13 @@ def encode_chat(
     cannot end a turn or speak as the system.  The token ids in a message's `images` (one list an
     image, `jaxherd.data.images`) go before its content; the template does not see them.
     """
-    template = template or tokenizer.chat_template
-    if template is None:
-        raise JaxherdError("The tokenizer has no chat template: pass template=, or a plain prompt.")
+    template = _template(tokenizer, template)
     special = tokenizer.special_tokens()
-    names = {i: name for name, i in special.items()}
-    for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        variables.setdefault(role, names.get(i, "") if i is not None else "")
-    options = {"add_generation_prompt": add_generation_prompt, **variables}
+    options = {
+        "add_generation_prompt": add_generation_prompt,
+        **_control_tokens(tokenizer),
+        **variables,
+    }
     # Private-use characters mark where ids go that are not the rendered text's.
     marks: dict[str, list[int]] = {}
     marked, pictures = [], []
@@ -117,3 +116,59 @@ def encode_chat(
         ids += marks[mark]
         rest = rest[at + len(mark) :]
     return ids + (tokenizer.encode(rest, parse_special=True) if rest else [])
+
+
+# A private-use character that stands for an answer while the template is asked what follows it.
+_ANSWER = "\ue004"
+
+
+def encode_answer(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    answer: str,
+    *,
+    template: str | None = None,
+    **variables: Any,
+) -> list[int]:
+    """Return the token ids of the assistant's answer to `messages`, its stop token included.
+
+    `encode_chat(tokenizer, messages)` followed by them is what a model sees that has just given this
+    answer: the answer is encoded apart from the prompt, as plain text.  What the template shows
+    after the stop token (a line break, often) belongs to the next turn.
+
+    Raises JaxherdError if the template shows the messages otherwise once they are answered, or ends
+    an answer with no stop token of the tokenizer.
+    """
+    template = _template(tokenizer, template)
+    options = {**_control_tokens(tokenizer), **variables}
+    opened = render(template, messages, **options)
+    answered = [*messages, {"role": "assistant", "content": _ANSWER}]
+    whole = render(template, answered, add_generation_prompt=False, **options)
+    before, mark, after = whole.partition(_ANSWER)
+    if not mark or _ANSWER in after or before != opened:
+        raise JaxherdError(
+            "The chat template shows these messages otherwise once they are answered, so that no "
+            "answer can be learned with it: use a template that only adds the answer."
+        )
+    closing = tokenizer.encode(after, parse_special=True)
+    stops = [place for place, i in enumerate(closing) if i in tokenizer.stop_ids]
+    if not stops:
+        raise JaxherdError(
+            f"The chat template ends an answer with {after!r}, which holds no stop token of the "
+            "tokenizer: a model would not learn to stop."
+        )
+    return tokenizer.encode(answer) + closing[: stops[0] + 1]
+
+
+def _template(tokenizer: Tokenizer, template: str | None) -> str:
+    template = template or tokenizer.chat_template
+    if template is None:
+        raise JaxherdError("The tokenizer has no chat template: pass template=, or a plain prompt.")
+    return template
+
+
+def _control_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the variables by which templates name the tokens that begin and end text."""
+    names = {i: name for name, i in tokenizer.special_tokens().items()}
+    roles = (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+    return {role: names.get(i, "") if i is not None else "" for role, i in roles}
