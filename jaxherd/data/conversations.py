@@ -9,7 +9,7 @@ than a row are left out, and a run says how many.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -128,6 +128,36 @@ class _Answered:
             ]
         return kept, about
 
+    def _batches(
+        self,
+        rows: Sequence[Row],
+        padding: Row,
+        size: int,
+        split: str,
+        seed: int,
+        options: Mapping[str, Any],
+        finish: Callable[[Row], Row] | None = None,
+    ) -> GrainBatches:
+        """Return batches of `size` elements, endless or one pass; `finish` maps each batch."""
+        import grain
+
+        length = None
+        if split == "train":
+            source = endless(rows, seed=seed, shuffle=self.shuffle)
+        else:
+            once = OnePass([rows], size, padding=padding, max_batches=self.max_eval_batches)
+            source, length = grain.MapDataset.source(once), len(once) // size
+        dataset = batch_rows(
+            source,
+            batch_size=size,
+            process_index=options["process_index"],
+            process_count=options["process_count"],
+            threads=self.threads,
+            prefetch=self.prefetch,
+        )
+        dataset = dataset if finish is None else dataset.map(finish)
+        return GrainBatches(dataset, portable=True, length=length, **options)
+
     def _fingerprint(self, tokenizer: Tokenizer, examples: Sequence[Example], *more: Any) -> str:
         parts = (examples_digest(examples), tokenizer.fingerprint(), repr(self), repr(more))
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
@@ -190,17 +220,28 @@ class AnswerRows(_Answered):
           JaxherdError: a bad line, an unjudged example where the hardest are to be kept, no example
             that fits, or no tokenizer.
         """
-        import grain
-
         size = self._size(split)
         check_sharding(size, process_index, process_count)
-        place = {"process_index": process_index, "process_count": process_count}
         tokenizer = self.tokenizer(cache_dir=cache_dir)
         examples = self._examples(split, artifacts)
-        given = len(examples)
+        given, pad_id = len(examples), padding_id(tokenizer)
         if split == "train":
             examples = hardest_examples(examples, self.keep_hardest)
-        pad_id, token_bytes = padding_id(tokenizer), tokenizer.token_bytes()
+        stretches, about = self._stretches(tokenizer, examples, pad_id)
+        options = {
+            "fingerprint": self._fingerprint(tokenizer, examples, split, seed),
+            "about": {**about, "filtered_out": given - len(examples)},
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        if split == "train" and self.packing != "none":
+            return self._in_lanes(stretches, pad_id, seed, options)
+        return self._in_rows(stretches, pad_id, split, seed, options)
+
+    def _stretches(
+        self, tokenizer: Tokenizer, examples: Sequence[Example], pad_id: int
+    ) -> tuple[list[Row], dict[str, Any]]:
+        token_bytes = tokenizer.token_bytes()
         made = [
             answer_stretch(
                 self.prompt_format.prompt_ids(tokenizer, e.prompt),
@@ -212,43 +253,31 @@ class AnswerRows(_Answered):
             for e in examples
         ]
         kept, about = self._fitting([[one] for one in made])
-        about["filtered_out"] = given - len(examples)
-        stretches = [one for (one,) in kept]
-        fingerprint = self._fingerprint(tokenizer, examples, split, seed)
-        if split == "train" and self.packing != "none":
-            lane = packed_lanes(
-                [stretches],
-                [1.0],
-                [seed],
-                batch_size=size,
-                sequence_length=self.sequence_length,
-                packing=self.packing,
-                bins=self.packing_bins,
-                shuffle=self.shuffle,
-                pad_id=pad_id,
-            )
-            dataset = batch_lanes(lane, batch_size=size, prefetch=self.prefetch, **place)
-            return GrainBatches(dataset, fingerprint=fingerprint, about=about, **place)
+        return [one for (one,) in kept], about
+
+    def _in_lanes(self, stretches, pad_id, seed, options) -> GrainBatches:
+        lane = packed_lanes(
+            [stretches],
+            [1.0],
+            [seed],
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            packing=self.packing,
+            bins=self.packing_bins,
+            shuffle=self.shuffle,
+            pad_id=pad_id,
+        )
+        place = {name: options[name] for name in ("process_index", "process_count")}
+        dataset = batch_lanes(lane, batch_size=self.batch_size, prefetch=self.prefetch, **place)
+        return GrainBatches(dataset, **options)
+
+    def _in_rows(self, stretches, pad_id, split, seed, options) -> GrainBatches:
         groups = [[place] for place in range(len(stretches))]
         if self.packing != "none":
             groups = next_fit([len(s["tokens"]) for s in stretches], self.sequence_length)
-        rows: Any = _JoinedRows(stretches, groups, self.sequence_length, pad_id)
-        length = None
-        if split == "train":
-            source = endless(rows, seed=seed, shuffle=self.shuffle)
-        else:
-            padding = empty_row(self.sequence_length, pad_id)
-            rows = OnePass([rows], size, padding=padding, max_batches=self.max_eval_batches)
-            source, length = grain.MapDataset.source(rows), len(rows) // size
-        options = {"threads": self.threads, "prefetch": self.prefetch}
-        return GrainBatches(
-            batch_rows(source, batch_size=size, **options, **place),
-            fingerprint=fingerprint,
-            portable=True,
-            about=about,
-            length=length,
-            **place,
-        )
+        rows = _JoinedRows(stretches, groups, self.sequence_length, pad_id)
+        padding = empty_row(self.sequence_length, pad_id)
+        return self._batches(rows, padding, self._size(split), split, seed, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,11 +316,8 @@ class PreferencePairs(_Answered):
           JaxherdError: a bad line, an example without a rejected answer, no pair that fits, no
             tokenizer, or pairs that do not divide over the processes.
         """
-        import grain
-
         pairs = self._size(split) // 2
         check_sharding(pairs, process_index, process_count)
-        place = {"process_index": process_index, "process_count": process_count}
         tokenizer = self.tokenizer(cache_dir=cache_dir)
         examples = self._examples(split, artifacts)
         pad_id, token_bytes = padding_id(tokenizer), tokenizer.token_bytes()
@@ -306,27 +332,15 @@ class PreferencePairs(_Answered):
             )
             stretches.append([answer_stretch(prompt, a, token_bytes, pad_id) for a in answers])
         kept, about = self._fitting(stretches)
-        rows: Any = _PairRows(kept, self.sequence_length, pad_id)
-        length = None
-        if split == "train":
-            source = endless(rows, seed=seed, shuffle=self.shuffle)
-        else:
-            empty = empty_row(self.sequence_length, pad_id)
-            rows = OnePass(
-                [rows], pairs, padding=stack_rows([empty] * 2), max_batches=self.max_eval_batches
-            )
-            source, length = grain.MapDataset.source(rows), len(rows) // pairs
-        dataset = batch_rows(
-            source, batch_size=pairs, threads=self.threads, prefetch=self.prefetch, **place
-        )
-        return GrainBatches(
-            dataset.map(_in_rows),
-            fingerprint=self._fingerprint(tokenizer, examples, split, seed),
-            portable=True,
-            about=about,
-            length=length,
-            **place,
-        )
+        options = {
+            "fingerprint": self._fingerprint(tokenizer, examples, split, seed),
+            "about": about,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        rows = _PairRows(kept, self.sequence_length, pad_id)
+        padding = stack_rows([empty_row(self.sequence_length, pad_id)] * 2)
+        return self._batches(rows, padding, pairs, split, seed, options, _in_rows)
 
 
 class _JoinedRows(Sequence[Row]):
