@@ -82,7 +82,9 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
         ]
     if read_batch and not getattr(stage.data, "needs_artifacts", False):
         data = stage.data.build(split="train", seed=0)
-        about["preview"] = stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
+        # Batches that the model makes while it trains are not there to be read.
+        if hasattr(stage.data, "preview") and not hasattr(data, "attach"):
+            about["preview"] = stage.data.preview(next(data))
     return about
 
 
