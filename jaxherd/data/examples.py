@@ -108,7 +108,7 @@ class ExampleFile:
     def _example(self, entry: dict[str, Any], where: str) -> Example:
         f = self
         if f.messages_field in entry:
-            messages = _messages(entry[f.messages_field], f"{where}: {f.messages_field!r}")
+            messages = check_messages(entry[f.messages_field], f"{where}: {f.messages_field!r}")
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise JaxherdError(
                     f"{where}: {f.messages_field!r} must be a prompt and, last, the assistant's "
@@ -118,7 +118,7 @@ class ExampleFile:
         else:
             prompt = entry.get(f.prompt_field)
             if not isinstance(prompt, str):
-                prompt = _messages(prompt, f"{where}: {f.prompt_field!r}")
+                prompt = check_messages(prompt, f"{where}: {f.prompt_field!r}")
             pair = f.chosen_field in entry or f.rejected_field in entry
             names = (f.chosen_field, f.rejected_field) if pair else (f.answer_field,)
             for name in names:
@@ -156,6 +156,19 @@ def json_lines(path: pathlib.Path) -> list[tuple[int, dict[str, Any]]]:
             raise JaxherdError(f"Line {number} of {str(path)!r} is no JSON object.")
         found.append((number, entry))
     return found
+
+
+def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return a value that is a list of messages with role and content, one at least.
+
+    Raises JaxherdError, beginning with `where`, if it is not.
+    """
+    good = isinstance(value, list) and value and all(isinstance(m, dict) for m in value)
+    if not good or not all(
+        isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        raise JaxherdError(f"{where} is neither a text nor messages with role and content.")
+    return value
 
 
 def is_heldout_prompt(prompt: Prompt, fraction: float) -> bool:
@@ -223,16 +236,6 @@ def source_folder(
     if artifacts is None or stage not in artifacts:
         raise JaxherdError(f"the examples lie in the folder of the stage {stage!r}: read it.")
     return pathlib.Path(artifacts[stage])
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return a non-empty list of messages with role and content."""
-    good = isinstance(value, list) and value and all(isinstance(m, dict) for m in value)
-    if not good or not all(
-        isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    ):
-        raise JaxherdError(f"{where} is neither a text nor messages with role and content.")
-    return value
 
 
 def _difficulty(value: Any, where: str) -> float | None:
