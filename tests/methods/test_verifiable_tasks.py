@@ -65,15 +65,15 @@ def test_answers_are_right_and_levels_are_what_they_say():
     problems = tasks.problems("train")
     assert {(p.capability, p.level) for p in problems} == set(ALL)
     for p in problems:
-        assert p.answer == solved(p.prompt), p
+        assert p.answer == solved(str(p.prompt)), p
         assert tasks.reward(p, tasks.answer.wrap(p.answer)) == 1.0
         if p.capability in ("addition", "subtraction"):
-            numbers = p.prompt[:-1].replace("-", "+").split("+")
+            numbers = str(p.prompt)[:-1].replace("-", "+").split("+")
             assert [len(n) for n in numbers] == [p.level, p.level]
         if p.capability in ("reversal", "sorting"):
             assert len(p.answer) == p.level + 1
         if p.capability == "instructions":
-            assert len(p.prompt.split()) == p.level + 1
+            assert len(str(p.prompt).split()) == p.level + 1
 
 
 @pytest.mark.parametrize("wording", ["terse", "words"])
@@ -89,7 +89,7 @@ def test_no_prompt_is_on_both_sides(wording):
     other = VerifiableTasks(ALL, per_task=100, heldout_per_task=20, wording=wording, seed=1)
     assert other.problems("train") != tasks.problems("train")
     if wording == "words":
-        assert all(p.endswith("Write the answer as <answer>...</answer>.") for p in train)
+        assert all(str(p).endswith("Write the answer as <answer>...</answer>.") for p in train)
 
 
 def test_transcripts_teach_the_answer_and_reject_a_worse_one():
@@ -99,7 +99,7 @@ def test_transcripts_teach_the_answer_and_reject_a_worse_one():
     for p, e in zip(problems, examples):
         assert (e.prompt, e.capability, e.difficulty) == (p.prompt, p.capability, float(p.level))
         assert tasks.reward(p, e.answer) == 1.0
-        rejected.append(tasks.reward(p, e.rejected))
+        rejected.append(tasks.reward(p, e.rejected or ""))
     # Wrong inside the tags, or of the wrong form: both kinds are there.
     assert set(rejected) == {0.0, 0.1} and 0.2 < rejected.count(0.1) / len(rejected) < 0.5
 
