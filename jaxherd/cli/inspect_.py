@@ -114,7 +114,10 @@ def _preview(stage: Any) -> str:
 
     with Counts(stage.name) as report:
         data = open_data(stage.data, "train", 0, {}, report)
-    return stage.data.preview(next(data)) if hasattr(stage.data, "preview") else ""
+    # Batches that the model makes while it trains are not there to be read.
+    if not hasattr(stage.data, "preview") or hasattr(data, "attach"):
+        return ""
+    return stage.data.preview(next(data))
 
 
 def _kind(layer: Any) -> str:

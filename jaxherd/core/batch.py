@@ -53,7 +53,8 @@ class BatchIterator(Protocol):
 
     `get_state` returns JSON-serialisable data; after `set_state(state)` the iterator yields what
     it would have yielded after the `get_state` that produced it.  Iterators of a finite pass
-    (evaluation) also have `__len__`.
+    (evaluation) also have `__len__`; those whose batches the model in training makes have
+    `attach(running)`, which a training stage calls before the first batch.
     """
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

@@ -57,7 +57,10 @@ def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_atomically(target: pathlib.Path, content: str | bytes) -> None:
-    """Write a file by rename, so that a reader sees the old content or the new, never a part."""
+    """Write a file by rename, so that a reader sees the old content or the new, never a part.
+
+    The content is on the disk before the name is.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -65,6 +68,8 @@ def write_atomically(target: pathlib.Path, content: str | bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         scratch.chmod(0o644)
         scratch.replace(target)
     finally:

@@ -130,12 +130,8 @@ def encode_chat(
             image_token_ids=image_token_ids,
             **variables,
         )
-    if template is None:
-        raise JaxherdError("The tokenizer has no chat template: pass template=, or a plain prompt.")
-    special = tokenizer.special_tokens()
-    names = {i: name for name, i in special.items()}
-    for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        variables.setdefault(role, names.get(i, "") if i is not None else "")
+    template = _template(tokenizer, template)
+    variables = {**_control_tokens(tokenizer), **variables}
     marks = _Marks(tokenizer, image_token_ids)
     rest = render(
         template,
@@ -209,3 +205,61 @@ class _Marks:
         if isinstance(value, list | tuple):
             return [self._within(item) for item in value]
         return value
+
+
+# A private-use character that stands for an answer while the template is asked what follows it.
+_ANSWER = "\ue004"
+
+
+def encode_answer(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    answer: str,
+    *,
+    template: str | None = None,
+    **variables: Any,
+) -> list[int]:
+    """Return the token ids of the assistant's answer to `messages`, its stop token included.
+
+    `encode_chat(tokenizer, messages)` followed by them is what a model sees that has just given this
+    answer: the answer is encoded apart from the prompt, as plain text.  What the template shows
+    after the stop token (a line break, often) belongs to the next turn.
+
+    Raises JaxherdError if the template shows the messages otherwise once they are answered, or ends
+    an answer with no stop token of the tokenizer.
+    """
+    if template is None and tokenizer.chat_template is None and _format(tokenizer) == LLAMA4:
+        return [*tokenizer.encode(answer), tokenizer.special_tokens()["<|eot|>"]]
+    template = _template(tokenizer, template)
+    options = {**_control_tokens(tokenizer), **variables}
+    opened = render(template, messages, **options)
+    answered = [*messages, {"role": "assistant", "content": _ANSWER}]
+    whole = render(template, answered, add_generation_prompt=False, **options)
+    before, mark, after = whole.partition(_ANSWER)
+    if not mark or _ANSWER in after or before != opened:
+        raise JaxherdError(
+            "The chat template shows these messages otherwise once they are answered, so that no "
+            "answer can be learned with it: use a template that only adds the answer."
+        )
+    closing = tokenizer.encode(after, parse_special=True)
+    stops = [place for place, i in enumerate(closing) if i in tokenizer.stop_ids]
+    if not stops:
+        raise JaxherdError(
+            f"The chat template ends an answer with {after!r}, which holds no stop token of the "
+            "tokenizer: a model would not learn to stop."
+        )
+    return tokenizer.encode(answer) + closing[: stops[0] + 1]
+
+
+def _template(tokenizer: Tokenizer, template: str | None) -> str:
+    template = template or tokenizer.chat_template
+    if template is None:
+        raise JaxherdError("The tokenizer has no chat template: pass template=, or a plain prompt.")
+    return template
+
+
+def _control_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the variables by which templates name the tokens that begin and end text."""
+    names = {i: name for name, i in tokenizer.special_tokens().items()}
+    roles = (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+    return {role: names.get(i, "") if i is not None else "" for role, i in roles}

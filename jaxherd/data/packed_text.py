@@ -14,52 +14,26 @@ from jaxherd.data.cache import cache_root
 from jaxherd.data.corpus import SPLITS, Corpus, load_corpus
 from jaxherd.data.lanes import mean_length, packed_lanes, streaming
 from jaxherd.data.mixture import MixtureComponent, endless, mix
-from jaxherd.data.packing import ConcatRows, OnePass, Stretches, empty_row, row_spec
+from jaxherd.data.packing import (
+    ConcatRows,
+    OnePass,
+    Stretches,
+    empty_row,
+    preview_rows,
+    row_spec,
+)
 from jaxherd.data.pipeline import GrainBatches, batch_lanes, batch_rows, check_sharding
-from jaxherd.data.sources import resolve
-from jaxherd.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from jaxherd.data.tokenizer_config import (
+    Bytes,
+    TokenizerFile,
+    TrainedBpe,
+    given_tokenizer,
+    padding_id,
+)
+from jaxherd.data.tokenizers import Tokenizer, train_bpe
 from jaxherd.data.tokens import TokenStore, cached_tokens
 
 PACKINGS = ("concat", "first_fit", "best_fit")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedBpe:
-    """A byte-level BPE trained on the training split (all corpora of a mixture) and cached.
-
-    Attributes:
-        vocab_size: at most this many tokens, bytes and special tokens included.
-        max_bytes: train on a sample of each corpus of this size at most.
-    """
-
-    vocab_size: int = 2048
-    max_bytes: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerFile:
-    """A tokenizer from a file or folder (any source that `resolve` takes); see `load_tokenizer`.
-
-    Attributes:
-        path: may be absent until the data is built, so that plans need no tokenizer.
-        vocab_size: what the file is expected to hold, if something is to be planned with it.
-        split_pattern, special_tokens, bos, eos, pad: for a bare tiktoken rank file.
-    """
-
-    path: str
-    vocab_size: int | None = None
-    split_pattern: str | None = None
-    special_tokens: tuple[tuple[str, int], ...] = ()
-    bos: str | None = None
-    eos: str | None = None
-    pad: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """One token per UTF-8 byte."""
-
-    vocab_size: int = dataclasses.field(default=ByteTokenizer.vocab_size, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,30 +128,11 @@ class PackedText:
         Raises JaxherdError if its file is missing or has another vocabulary than declared.
         """
         config = self.tokenizer_config
-        if isinstance(config, Bytes):
-            return ByteTokenizer()
         if isinstance(config, TrainedBpe):
             limits = [n for n in (config.max_bytes, self.max_bytes) if n is not None]
             corpora = self._corpora("train", min(limits, default=None), cache_dir)
             return self._train(config, corpora, cache_dir)
-        try:
-            path = resolve(config.path, cache_dir=cache_dir)
-        except JaxherdError as error:
-            raise JaxherdError(f"The tokenizer is missing: {error}") from error
-        tokenizer = load_tokenizer(
-            path,
-            split_pattern=config.split_pattern,
-            special_tokens=dict(config.special_tokens),
-            bos=config.bos,
-            eos=config.eos,
-            pad=config.pad,
-        )
-        if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
-            raise JaxherdError(
-                f"The tokenizer {config.path!r} has {tokenizer.vocab_size} tokens, more than the "
-                f"declared vocab_size={config.vocab_size}."
-            )
-        return tokenizer
+        return given_tokenizer(config, cache_dir=cache_dir)
 
     def export(
         self, folder: os.PathLike[str], *, cache_dir: str | os.PathLike[str] | None = None
@@ -218,18 +173,7 @@ class PackedText:
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> str:
         """Return the text of a batch's first rows, document by document, for a person to read."""
-        tokenizer = self.tokenizer(cache_dir=cache_dir)
-        lines = []
-        for row in range(min(rows, len(batch["tokens"]))):
-            segments = np.asarray(batch["segment_ids"][row])
-            tokens = np.asarray(batch["tokens"][row])
-            padding = int((segments == 0).sum())
-            lines.append(f"── row {row}: {len(tokens) - padding} tokens, {padding} padding")
-            for segment in range(1, int(segments.max(initial=0)) + 1):
-                ids = tokens[segments == segment]
-                lines.append(f"┌ document {segment} ({len(ids)} tokens)")
-                lines.append(tokenizer.decode(ids.tolist(), skip_special=False))
-        return "\n".join(lines)
+        return preview_rows(batch, self.tokenizer(cache_dir=cache_dir), rows)
 
     def token_stores(
         self,
@@ -267,8 +211,7 @@ class PackedText:
         return train_bpe(texts, config.vocab_size, cache_dir=cache_dir)
 
     def _common(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        pad = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
-        return {"token_bytes": tokenizer.token_bytes(), "pad_id": pad}
+        return {"token_bytes": tokenizer.token_bytes(), "pad_id": padding_id(tokenizer)}
 
     def _fingerprint(self, tokenizer: Tokenizer, corpora: Sequence[Corpus], *more: Any) -> str:
         fields = (

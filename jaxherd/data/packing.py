@@ -13,13 +13,14 @@ A document cut by a row's edge goes on in another row, where positions start at 
 target across the cut is kept, so that each token but a document's first is a target exactly once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
 from jaxherd.core.batch import BatchField, BatchSpec
 from jaxherd.core.errors import JaxherdError
+from jaxherd.data.tokenizers.base import Tokenizer
 from jaxherd.data.tokens import TokenStore
 
 Row = dict[str, np.ndarray]
@@ -64,6 +65,30 @@ def stretch(
     }
 
 
+def answer_stretch(
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    token_bytes: Int32[np.ndarray, " V"],
+    pad_id: int,
+    *,
+    learn_prompt: bool = False,
+) -> Row:
+    """Return a prompt and its answer as one stretch, of whose targets the answer's alone count.
+
+    Args:
+      prompt_ids: at least one token.
+      answer_ids: with the token that ends the answer.
+      token_bytes, pad_id: as for `stretch`.
+      learn_prompt: let the prompt's targets count as well.
+    """
+    ids = np.asarray([*prompt_ids, *answer_ids], np.int32)
+    row = stretch(ids, 0, len(ids), token_bytes, pad_id)
+    if not learn_prompt:
+        # The prompt's last token is the first to have a target of the answer.
+        row["loss_weights"][: len(prompt_ids) - 1] = 0.0
+    return row
+
+
 def join_stretches(stretches: Iterable[Row], sequence_length: int, pad_id: int) -> Row:
     """Lay stretches side by side in one row and pad the rest."""
     row = empty_row(sequence_length, pad_id)
@@ -84,6 +109,41 @@ def empty_row(sequence_length: int, pad_id: int) -> Row:
     row["tokens"][:] = pad_id
     row["targets"][:] = pad_id
     return row
+
+
+def preview_rows(
+    batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, rows: int, *, show_learned: bool = False
+) -> str:
+    """Return the text of a batch's first rows, document by document, for a person to read.
+
+    Args:
+      batch: fields of a row, [B, T] each.
+      tokenizer: that made it.
+      rows: how many.
+      show_learned: put what has loss weight between ⟦ and ⟧.
+    """
+    lines = []
+    for row in range(min(rows, len(batch["tokens"]))):
+        segments = np.asarray(batch["segment_ids"][row])
+        tokens = np.asarray(batch["tokens"][row])
+        # A token is learned where it is the target of the place before it.
+        learned = np.append(False, np.asarray(batch["loss_weights"][row])[:-1] > 0)
+        padding = int((segments == 0).sum())
+        lines.append(f"── row {row}: {len(tokens) - padding} tokens, {padding} padding")
+        for segment in range(1, int(segments.max(initial=0)) + 1):
+            inside = segments == segment
+            ids = tokens[inside]
+            lines.append(f"┌ document {segment} ({len(ids)} tokens)")
+            if not show_learned:
+                lines.append(tokenizer.decode(ids.tolist(), skip_special=False))
+                continue
+            edges = np.flatnonzero(np.diff(learned[inside])) + 1
+            parts = np.split(ids, edges)
+            texts = [tokenizer.decode(part.tolist(), skip_special=False) for part in parts]
+            lines.append(
+                "".join(f"⟦{t}⟧" if n % 2 != learned[inside][0] else t for n, t in enumerate(texts))
+            )
+    return "\n".join(lines)
 
 
 class ConcatRows(Sequence[Row]):
@@ -182,7 +242,7 @@ class OnePass(Sequence[Row]):
 
     def __init__(
         self,
-        parts: Sequence[ConcatRows],
+        parts: Sequence[Sequence[Row]],
         batch_size: int,
         *,
         padding: Row,

@@ -48,6 +48,8 @@ class PreferenceOptimization:
     length_normalized: bool = False
     remat: str = "none"
 
+    rows_together = 2
+
     def __post_init__(self):
         if self.beta <= 0:
             raise JaxherdError(f"beta must be positive, got {self.beta}.")

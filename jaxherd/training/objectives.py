@@ -2,8 +2,9 @@
 
 An objective is a frozen dataclass that maps (model, batch, key) to (mean loss, metrics).  The mean
 is taken over the weight of `metrics["loss"]`; the trainer weighs microbatches with it.  One with a
-true attribute `uses_progress` is also given `progress`, the share of the steps that is done.  An
-objective may define `update_buffers(buffers, metrics)`, which runs once after each optimiser step.
+true attribute `uses_progress` is also given `progress`, the share of the steps that is done.  One
+with an attribute `rows_together` looks at so many successive rows as one (a pair has two), which
+microbatches then keep together.  An objective may define `update_buffers(buffers, metrics)`, which runs once after each optimiser step.
 A metric called `buffers/<path>` is the new value of that buffer after a training step, for layers
 that learn by averages; it is not reported.
 """

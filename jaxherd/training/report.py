@@ -12,6 +12,7 @@ from jaxherd.training.loggers import read_records
 
 # Metrics of routing and guards have plots of their own, or say little in a table.
 _HIDDEN = ("expert_load", "guard/", "balance", "router_z")
+_SAMPLED = "sampled for training"
 
 
 def stage_report(stage: Any, folder: Path) -> str:
@@ -85,10 +86,34 @@ def _draw(
         window=window,
     )
     drawn.append(("Gradient norm", "grad_norm.png"))
+    rewards = _rewards(train, held_out)
+    if rewards:
+        plots.curves(
+            folder / "plots" / "reward.png",
+            rewards,
+            x_label="step",
+            y_label="mean reward",
+            title="Reward",
+            window=window,
+            marked=[name for name in rewards if name != _SAMPLED],
+        )
+        drawn.append(("Reward", "reward.png"))
     if layers:
         _draw_load(train, folder, layers)
         drawn += [("Expert load", "expert_load.png"), ("Load over time", "expert_load_time.png")]
     return drawn
+
+
+def _rewards(train: list[dict], held_out: list[dict]) -> dict[str, Any]:
+    """Return the curves of rewards: of what was trained on, and of what evaluations measured."""
+    names = [k for k in (held_out[-1] if held_out else {}) if k.endswith("/reward")]
+    wanted = [(_SAMPLED, train, "reward")] if "reward" in train[-1] else []
+    wanted += [(name.removesuffix("/reward"), held_out, name) for name in names]
+    found: dict[str, Any] = {}
+    for label, records, name in wanted:
+        points = [(r["step"], _number(r[name])) for r in records if name in r]
+        found[label] = tuple(map(list, zip(*points)))
+    return found
 
 
 def _layer_loads(record: dict, layers: list[list[int]]) -> np.ndarray:

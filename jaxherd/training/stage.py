@@ -24,8 +24,9 @@ from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.training.guards import Guards
 from jaxherd.training.loggers import LOGGERS, check_loggers, open_loggers, read_records
 from jaxherd.training.optimizers import Optimizer
+from jaxherd.training.phases import phases_of
 from jaxherd.training.progress import Counts, Progress
-from jaxherd.training.step import Program, StepConfig, TrainState
+from jaxherd.training.step import Program, StepConfig, TrainState, rows_together
 from jaxherd.training.stopping import Interrupted, StopOnSignal
 from jaxherd.training.transfer import Transfer
 
@@ -118,14 +119,17 @@ class FrozenModel:
 class Callback(Protocol):
     """Something to do with the model before, during or after training."""
 
-    def __call__(self, run: "Running", moment: str) -> None:
-        """Act; `moment` is "start", "end" or "eval"."""
+    def __call__(self, run: "Running", moment: str) -> Mapping[str, float] | None:
+        """Act; `moment` is "start", "end" or "eval".
+
+        Numbers that come back at "eval" are logged beside those of the evaluations.
+        """
         ...
 
 
 @dataclasses.dataclass
 class Running:
-    """What callbacks see of a stage at work."""
+    """What callbacks, and data that asks for it, see of a stage at work."""
 
     stage: "TrainStage"
     context: StageContext
@@ -134,8 +138,12 @@ class Running:
     step: int
 
     def model(self) -> Any:
-        """Return the model with the current parameters."""
+        """Return the model with the current parameters, or their average where one is kept."""
         return self.program.module(self.state)
+
+    def trained_model(self) -> Any:
+        """Return the model with the very parameters that the next step changes."""
+        return self.program.definition.merge(self.state.params, self.state.buffers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +164,8 @@ class TrainStage:
 
     Data that is made from an earlier stage's artifacts says so by a true attribute
     `needs_artifacts`; its `build` is then also given `artifacts`, the folders of the stages that
-    this one reads, by name.
+    this one reads, by name.  Data that the model itself makes while it trains has an iterator with
+    `attach(running)`, which is called once before the first batch.
     """
 
     name: str
@@ -244,10 +253,12 @@ class TrainStage:
 
     def _check_accumulate(self, name: str, field: Any) -> None:
         rows = field.shape[0]
-        if field.axes[:1] != ("batch",) or rows % self.step.accumulate:
+        group = max(rows_together(phase.objective) for phase in phases_of(self.objective, {}))
+        if field.axes[:1] != ("batch",) or rows % (self.step.accumulate * group):
+            together = f", {group} of which belong together" if group > 1 else ""
             raise JaxherdError(
                 f"step.accumulate={self.step.accumulate} does not divide the {rows} rows of batch "
-                f"field {name!r}; change it or the batch size."
+                f"field {name!r}{together}; change it or the batch size."
             )
 
     def abstract_inputs(self, program: Program) -> tuple[TrainState, dict[str, Any], Any]:
@@ -334,6 +345,8 @@ class _Run:
                     say=context.say,
                 )
             running = Running(stage, context, self.program, state, first)
+            if hasattr(data, "attach"):
+                data.attach(running)
             if first == 0:
                 self._callbacks(running, "start")
             with self.signals, self._progress(first) as progress:
@@ -403,7 +416,7 @@ class _Run:
         waiting: tuple[int, Any] | None = None
         last: dict[str, Any] = {}
         summary: dict[str, Any] = {}
-        profiling = False
+        profiling, nothing_left = False, running.step == config.steps
         if running.step and self._missed_evaluation(running.step):
             summary = self._evaluate(running, loggers, progress)
         for step in range(running.step, config.steps):
@@ -438,7 +451,7 @@ class _Run:
                 summary = self._evaluate(running, loggers, progress)
                 if save and not stopping:
                     checkpoints.save(step + 1, running.state, data.get_state())
-        if not summary and stage.evaluations:
+        if nothing_left:
             summary = self._evaluate(running, loggers, progress)
         checkpoints.wait()
         if self._stopping(0):  # asked during the last step: later stages do not begin
@@ -457,7 +470,8 @@ class _Run:
     def _missed_evaluation(self, step: int) -> bool:
         """Whether an earlier run stopped at `step` before the evaluation that was due there."""
         config = self.stage.run_config
-        if not self.stage.evaluations or step == config.steps or not self._evaluates_at(step):
+        measures = self.stage.evaluations or self.stage.callbacks
+        if not measures or step == config.steps or not self._evaluates_at(step):
             return False
         records = read_records(self.context.folder / "metrics.jsonl")
         return not any(r["kind"] == "eval" and r["step"] == step for r in records)
@@ -496,7 +510,7 @@ class _Run:
         return plain
 
     def _evaluate(self, running, loggers, progress) -> dict[str, Any]:
-        summary: dict[str, Any] = {}
+        named: dict[str, Any] = {}
         for evaluation in self.stage.evaluations:
             spec = evaluation.spec(self.stage.data)
             values = evaluate(
@@ -507,10 +521,13 @@ class _Run:
                 batch_shardings(spec, self.program.partitioner),
                 self.frozen,
             )
-            named = {f"{evaluation.name}/{k}": v for k, v in values.items()}
-            summary |= {k: v.item() for k, v in named.items() if v.ndim == 0}
-            for logger in loggers:
-                logger.write("eval", running.step, named)
+            named |= {f"{evaluation.name}/{k}": v for k, v in values.items()}
+        for callback in self.stage.callbacks:
+            named |= {k: np.asarray(v) for k, v in (callback(running, "eval") or {}).items()}
+        # One record a step: after a kill it is there as a whole, or is made again.
+        for logger in loggers if named else ():
+            logger.write("eval", running.step, named)
+        summary = {k: v.item() for k, v in named.items() if v.ndim == 0}
         if summary:
             shown = ", ".join(
                 f"{k} {v:.4g}"
@@ -519,7 +536,6 @@ class _Run:
             )
             if jax.process_index() == 0 and not self.context.quiet:
                 progress.say(f"{self.stage.name} step {running.step}: {shown}")
-        self._callbacks(running, "eval")
         return summary
 
     def _open(self, evaluation: Evaluation, report: Report | None = None) -> Any:

@@ -364,9 +364,12 @@ class Program:
             (_, sums), gradients = differentiate(owned, batch, key)
             return gradients, sums
 
-        # Microbatch i takes rows i, i + parts, ...: no row leaves its device.
+        # Microbatch i takes groups of rows i, i + parts, ...: no row leaves its device.
+        group = rows_together(phase.objective)
+
         def strided(x):
-            return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+            grouped = x.reshape(x.shape[0] // (parts * group), parts, group, *x.shape[1:])
+            return jnp.moveaxis(grouped, 1, 0).reshape(parts, -1, *x.shape[1:])
 
         def body(carry, part):
             total, sums = carry
@@ -412,6 +415,11 @@ class Program:
                 out_shardings=self._replicated,
             )
         return self._evaluations[objective]
+
+
+def rows_together(objective: Any) -> int:
+    """Return how many successive rows an objective looks at as one (a pair has two)."""
+    return int(getattr(objective, "rows_together", 1))
 
 
 def _used(state: TrainState) -> Any:

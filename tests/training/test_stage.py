@@ -151,7 +151,7 @@ def test_accumulation_is_the_same_run(tmp_path, story):
     assert not (tmp_path / "other").exists()
 
 
-def interrupted_at(workdir, step, monkeypatch):
+def interrupted_at(workdir, step, monkeypatch, **changes):
     from jaxherd.training import stage as module
 
     original = module._Run._log
@@ -163,7 +163,7 @@ def interrupted_at(workdir, step, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="checkpoint saved"):
         patch.setattr(module._Run, "_log", log)
-        run(workdir)
+        run(workdir, **changes)
 
 
 @pytest.mark.parametrize("step", [1, 11, 18, 20])
@@ -345,3 +345,52 @@ def test_a_later_stage_starts_from_the_parameters_whatever_its_optimiser(tmp_pat
     fitted = [r["loss"] for r in records(tmp_path)]
     # The same batches again, now with the parameters of the end and almost no change.
     assert tuned[0] < fitted[0] / 2 and tuned[3] < fitted[3] / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """A callback that measures: returns the step, at evaluations."""
+
+    def __call__(self, run, moment):
+        return {"heldout/reward": float(run.step)} if moment == "eval" else None
+
+
+def test_what_callbacks_measure_is_logged_once_a_step(tmp_path, monkeypatch):
+    changes = dict(
+        callbacks=(Counter(),),
+        run_config=RunConfig(steps=12, eval_every=5, checkpoint_every=6, loggers=("jsonl",)),
+    )
+    _, whole = run(tmp_path / "whole", **changes)
+    wanted = [(s, float(s)) for s in (5, 10, 12)]
+    found = [(r["step"], r["heldout/reward"]) for r in whole if r["kind"] == "eval"]
+    assert found == wanted
+    summary = json.loads((tmp_path / "whole/fit/done.json").read_text())["summary"]
+    assert summary["heldout/reward"] == 12.0
+    # A stop just before the measurement of step 10: the resumed run makes up for it.
+    # (Step 9 is logged while step 10 runs.)
+    interrupted_at(tmp_path / "stopped", 9, monkeypatch, **changes)
+    assert [r["step"] for r in records(tmp_path / "stopped") if r["kind"] == "eval"] == [5]
+    assert run(tmp_path / "stopped", **changes)[1] == whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """An objective of pairs: the square of the difference of two successive rows."""
+
+    rows_together = 2
+
+    def __call__(self, model, batch, key, *, frozen=None):
+        scores = batch["x"] @ model.w[...]
+        error = ((scores[0::2] - scores[1::2] - 1.0) ** 2).sum()
+        pairs = len(batch["x"]) // 2
+        return error / pairs, {"loss": pair(error, pairs)}
+
+
+def test_accumulation_keeps_rows_together(tmp_path):
+    once = run(tmp_path / "once", objective=Differences())[1]
+    parts = run(tmp_path / "parts", objective=Differences(), step=StepConfig(accumulate=4))[1]
+    np.testing.assert_allclose(
+        [r["loss"] for r in parts], [r["loss"] for r in once], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(JaxherdError, match="8 rows of batch field 'x', 2 of which belong together"):
+        run(tmp_path / "eight", objective=Differences(), step=StepConfig(accumulate=8))
