@@ -35,10 +35,13 @@ def matmul(
     if isinstance(w_DF, QuantizedMatrix):
         y = quantized_matmul(x.reshape(-1, x.shape[-1]), w_DF)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    if active_format() == "fp8":
-        x, w_DF = fp8.operand(x, -1), fp8.operand(w_DF, 0)
-    y = _matmul(x, w_DF) if platform() == "cpu" else x @ w_DF
-    return fp8.product(y) if active_format() == "fp8" else y
+    if active_format() != "fp8":
+        return _plain(x, w_DF)
+    return fp8.product(_plain(fp8.operand(x, -1), fp8.operand(w_DF, 0)))
+
+
+def _plain(x, w_DF):
+    return _matmul(x, w_DF) if platform() == "cpu" else x @ w_DF
 
 
 @jax.custom_vjp

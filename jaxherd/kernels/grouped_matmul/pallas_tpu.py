@@ -121,9 +121,13 @@ def _gated(
     )  # fmt: skip
 
 
-def _swiglu_forward(x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, *how):
+def _swiglu_forward(
+    x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits, interpret, expected_rows
+):  # fmt: skip
     weights = (gate_GKN, up_GKN)
-    h_MN, a0_MN, b0_MN = _gated(x_MK, weights, group_sizes_G, row_scale_M, *how, True)
+    h_MN, a0_MN, b0_MN = _gated(
+        x_MK, weights, group_sizes_G, row_scale_M, limits, interpret, expected_rows, True
+    )
     return h_MN, (x_MK, *weights, group_sizes_G, row_scale_M, a0_MN, b0_MN)
 
 
