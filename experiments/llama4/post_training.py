@@ -18,7 +18,13 @@ Stages
 
 Scales
   cpu   a Scout-shaped model of 0.9M parameters on arithmetic, words and instructions, letter by
-        letter; COST
+        letter; three in ten of its first transcripts are spoiled, as text from anywhere is.  About
+        eight minutes on two cores.  What one run gave (seed 0): in `rl` the answers to training
+        prompts pass more often (0.726 of all samples at the first estimate, 0.789 at the last);
+        held-out reward, greedy and sampled at temperature 1, was
+          pretrain 0.861 0.590   sft 0.861 0.747   rl 0.854 0.780   dpo 0.868 0.813
+        so that RL and DPO made the policy surer, and its likeliest answer hardly better; a
+        standard error is about 0.02.
   gpu   llama4/scout's model for one host of 8 GPUs: begin with its run,
           --set load.source=runs/llama4-scout-gpu
         and give your own files (below).  Rollouts are sampled on one GPU.
@@ -68,11 +74,10 @@ from . import scout
 TASKS = VerifiableTasks(
     tasks=(
         ("addition", 1),
-        ("addition", 2),
         ("subtraction", 1),
-        ("subtraction", 2),
         ("reversal", 2),
         ("reversal", 3),
+        ("reversal", 4),
         ("sorting", 2),
         ("sorting", 3),
         ("counting", 5),
@@ -116,10 +121,10 @@ def _cpu() -> tuple[Any, ...]:
     common: dict[str, Any] = dict(model=model, layout=Layout("single"), callbacks=measures)
     rows = AnswerRows(TASKS, sequence_length=128, batch_size=16, eval_batch_size=8)
     rollouts = PolicyRollouts(
-        dataclasses.replace(TASKS, per_task=256),
+        dataclasses.replace(TASKS, per_task=128),
         prompts=32,
         group=8,
-        batch_size=128,
+        batch_size=256,
         max_new_tokens=20,
         sequence_length=48,
         rows=128,
@@ -128,7 +133,9 @@ def _cpu() -> tuple[Any, ...]:
     return (
         TrainStage(
             name="pretrain",
-            data=dataclasses.replace(rows, learn_prompts=True),
+            data=dataclasses.replace(
+                rows, source=dataclasses.replace(TASKS, spoiled=0.3), learn_prompts=True
+            ),
             objective=NextToken(balancing="bias_update", balancing_weight=1e-2),
             optimizer=Optimizer(schedule=Schedule(peak=3e-3, warmup_steps=50)),
             run_config=RunConfig(steps=600, eval_every=200, checkpoint_every=200),
@@ -140,8 +147,8 @@ def _cpu() -> tuple[Any, ...]:
             # Disclosed: more than half was removed.
             data=dataclasses.replace(rows, keep_hardest=0.5),
             objective=NextToken(),
-            optimizer=Optimizer(schedule=Schedule(peak=5e-4, warmup_steps=10)),
-            run_config=RunConfig(steps=60, checkpoint_every=60),
+            optimizer=Optimizer(schedule=Schedule(peak=2e-4, warmup_steps=5)),
+            run_config=RunConfig(steps=30, checkpoint_every=30),
             evaluations=(Evaluation("heldout"),),
             initial="pretrain",
             reads=("pretrain",),
@@ -151,12 +158,15 @@ def _cpu() -> tuple[Any, ...]:
             name="rl",
             data=rollouts,
             objective=GroupPolicyOptimization(clip_low=0.2, clip_high=0.28),
+            # Gradients of rewards are noisy: a longer memory of their squares.
             optimizer=Optimizer(
-                schedule=Schedule(peak=1e-4, kind="constant", warmup_steps=10), weight_decay=0.0
+                schedule=Schedule(peak=3e-4, kind="constant", warmup_steps=10),
+                beta2=0.99,
+                weight_decay=0.0,
             ),
             # A batch of hard prompts is no broken one.
             guards=Guards(spike_sigmas=None),
-            run_config=RunConfig(steps=240, eval_every=60, checkpoint_every=60),
+            run_config=RunConfig(steps=160, eval_every=40, checkpoint_every=40),
             initial="sft",
             reads=("sft",),
             **common,
@@ -169,7 +179,7 @@ def _cpu() -> tuple[Any, ...]:
                 batch_size=32,
             ),
             RunConfig(steps=40, eval_every=20, checkpoint_every=40),
-            Schedule(peak=5e-5, warmup_steps=5),
+            Schedule(peak=2e-5, warmup_steps=5),
             **common,
         ),
     )
