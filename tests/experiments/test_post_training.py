@@ -23,6 +23,9 @@ def test_the_disclosed_order_and_filters(name, scale):
     assert rl.data.filter.every > 0 and rl.data.filter.highest < 1
     assert (rl.initial, dpo.initial) == ("sft", "rl")
     assert [f.stage for f in dpo.frozen] == ["rl"]
+    for stage in (sft, rl, dpo):
+        stage.optimizer.schedule.build(stage.run_config.steps)  # refuses a warm-up without a run
+        assert stage.data.batch_spec()["tokens"].shape[0] % stage.step.accumulate == 0
 
 
 @pytest.mark.slow
