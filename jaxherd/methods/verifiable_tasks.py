@@ -109,6 +109,7 @@ class VerifiableTasks:
       heldout_fraction: share of all prompts that are held out.
       wording: "terse", a few characters ("12+34="); "words", a sentence that also asks for the tags.
       answer: how answers are written and rewarded.
+      spoiled: share of the transcripts that teach the worse answer, as text from anywhere does.
       seed: of all draws.
     """
 
@@ -118,9 +119,12 @@ class VerifiableTasks:
     heldout_fraction: float = 0.2
     wording: Literal["terse", "words"] = "terse"
     answer: TaggedAnswer = TaggedAnswer()
+    spoiled: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
+        if not 0 <= self.spoiled <= 1:
+            raise JaxherdError(f"spoiled={self.spoiled} must lie from 0 to 1.")
         for capability, level in self.tasks:
             if capability not in CAPABILITIES:
                 raise JaxherdError(
@@ -156,13 +160,13 @@ class VerifiableTasks:
         """Return the problems as transcripts to learn from; their level is their difficulty.
 
         The rejected answer of each is wrong in one way: another answer, no tags, or words after
-        the second tag.
+        the second tag.  It takes the answer's place where a transcript is spoiled.
         """
         return [
             Example(
                 p.prompt,
-                self.answer.wrap(p.answer),
-                rejected=self._spoiled(p),
+                self._worse(p) if self._is_spoiled(p) else self.answer.wrap(p.answer),
+                rejected=self._worse(p),
                 difficulty=float(p.level),
                 capability=p.capability,
                 where=f"Problem {number} of {p.capability!r}",
@@ -170,7 +174,11 @@ class VerifiableTasks:
             for number, p in enumerate(self.problems(split), 1)
         ]
 
-    def _spoiled(self, problem: Problem) -> str:
+    def _is_spoiled(self, problem: Problem) -> bool:
+        digest = hashlib.sha256(f"is spoiled/{self.seed}/{problem.prompt}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.spoiled * 2**64
+
+    def _worse(self, problem: Problem) -> str:
         digest = hashlib.sha256(f"spoiled/{self.seed}/{problem.prompt}".encode()).digest()
         right = self.answer.wrap(problem.answer)
         match digest[0] % 3:

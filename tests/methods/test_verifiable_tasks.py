@@ -104,6 +104,15 @@ def test_transcripts_teach_the_answer_and_reject_a_worse_one():
     assert set(rejected) == {0.0, 0.1} and 0.2 < rejected.count(0.1) / len(rejected) < 0.5
 
 
+def test_a_share_of_transcripts_can_be_spoiled():
+    tasks = VerifiableTasks(ALL, per_task=60, spoiled=0.3)
+    problems, examples = tasks.problems("train"), tasks.examples("train")
+    rewards = [tasks.reward(p, e.answer) for p, e in zip(problems, examples)]
+    assert 0.25 < sum(reward < 1 for reward in rewards) / len(rewards) < 0.35
+    assert all(e.answer == e.rejected for e, reward in zip(examples, rewards) if reward < 1)
+    assert problems == VerifiableTasks(ALL, per_task=60).problems("train")
+
+
 def test_problems_of_a_file(tmp_path):
     path = tmp_path / "p.jsonl"
     lines = [{"prompt": f"{n} twice?", "answer": str(2 * n)} for n in range(60)]
@@ -127,6 +136,7 @@ def test_problems_of_a_file(tmp_path):
         ({"tasks": ()}, "at least one"),
         ({"tasks": (("addition", 1), ("addition", 1))}, "none twice"),
         ({"heldout_fraction": 1.0}, "between 0 and 1"),
+        ({"spoiled": 1.5}, "spoiled=1.5"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings, words):
