@@ -65,8 +65,8 @@ class ExampleFile:
     Attributes:
       path: any source that `resolve` takes; may be absent until the data is built.
       stage: the earlier stage in whose folder `path` lies; None for a path of its own.
-      heldout_fraction: the expected share of prompts held out, decided by each prompt's own text;
-        0 holds none out.
+      heldout_fraction: the expected share of prompts held out, decided by each prompt's own text
+        and by nothing else, so that all sources with one fraction agree; 0 holds none out.
       prompt_field, answer_field, chosen_field, rejected_field, messages_field: names in the lines.
     """
 

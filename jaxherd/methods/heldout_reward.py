@@ -1,4 +1,4 @@
-"""A training callback: the reward of greedy answers to held-out problems."""
+"""A training callback: the reward of answers to held-out problems, greedy by default."""
 
 import dataclasses
 import json
@@ -25,13 +25,15 @@ class HeldoutReward:
       data: whose tokenizer and prompt format to use; the stage's own when None.
       max_new_tokens: of an answer.
       rows: answers at once.
-      name: prefix of the metrics.
+      temperature: 0 takes the likeliest tokens; above, each answer is drawn with a fixed key.
+      name: prefix of the metrics, and of the file of answers.
     """
 
     tasks: Any
     data: Any = None
     max_new_tokens: int = 32
     rows: int = 128
+    temperature: float = 0.0
     name: str = "heldout"
 
     def __call__(self, run: Any, moment: str) -> Mapping[str, float] | None:
@@ -44,7 +46,11 @@ class HeldoutReward:
             return None
         data = self.data or run.stage.data
         sampler = AnswerSampler(
-            data.tokenizer(), data.prompt_format, self.max_new_tokens, 0.0, self.rows
+            data.tokenizer(),
+            data.prompt_format,
+            self.max_new_tokens,
+            self.temperature,
+            self.rows,
         )
         model = on_one_device(run.model(), run.context.devices[0], run.stage.step.compute_dtype)
         problems = list(self.tasks.problems("heldout"))

@@ -30,7 +30,7 @@ from jaxherd.data.prompt_format import PromptFormat
 from jaxherd.data.tokenizer_config import Bytes, TokenizerFile, given_tokenizer
 from jaxherd.data.tokenizers import Tokenizer
 from jaxherd.methods.prompt_filter import PromptFilter, draw_prompts
-from jaxherd.methods.rollout_files import check_own, read_round, write_round
+from jaxherd.methods.rollout_files import read_filter, read_round, write_round
 from jaxherd.methods.rollouts import (
     AnswerSampler,
     on_one_device,
@@ -300,9 +300,7 @@ class PolicyBatches:
             }
             write_json(path, record)
             self._running.context.say(self._told(number, rates, kept))
-        record = json.loads(path.read_text(encoding="utf-8"))
-        check_own(record["data"], self._fingerprint, path)
-        return np.asarray(record["kept"], np.int64)
+        return read_filter(path, self._fingerprint)
 
     def _estimate(self, period: int) -> np.ndarray:
         """Return the pass rate of every prompt with the current policy."""

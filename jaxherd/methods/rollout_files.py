@@ -1,7 +1,9 @@
 """Files of online RL's rounds: written before they are used, read by a run that goes on."""
 
 import io
+import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,13 +36,32 @@ def read_round(path: Path, fingerprint: str) -> Row:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise JaxherdError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): bring it back, or start anew in "
-            "another --workdir."
-        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, error) from error
     check_own(str(arrays.pop("data", "")), fingerprint, path)
     return arrays
+
+
+def read_filter(path: Path, fingerprint: str) -> np.ndarray:
+    """Return the places of the prompts that a filter kept.
+
+    Raises:
+      JaxherdError: the file is damaged, or of other rollouts.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found, kept = str(record["data"]), np.asarray(record["kept"], np.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    check_own(found, fingerprint, path)
+    return kept
+
+
+def _damaged(path: Path, error: Exception) -> JaxherdError:
+    return JaxherdError(
+        f"{path} is damaged ({type(error).__name__}): bring it back, or start anew in another "
+        "--workdir."
+    )
 
 
 def check_own(found: str, fingerprint: str, path: Path) -> None:

@@ -64,6 +64,7 @@ class JsonLines:
 class TensorBoard:
     """Scalars as TensorBoard events; needs the extra `report`.
 
+    What is not finite (a mean over nothing, such as the loss of a batch without weight) is left out.
     Events after `resume_step` of an earlier run are hidden; those of that very step are written
     once more by a run that evaluates there again, to the same numbers.
     """
@@ -80,7 +81,8 @@ class TensorBoard:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Write every scalar."""
         for name, value in values.items():
-            if np.ndim(value) == 0 and isinstance(value, int | float | np.number):
+            plain = np.ndim(value) == 0 and isinstance(value, int | float | np.number)
+            if plain and math.isfinite(value):
                 self._writer.add_scalar(f"{kind}/{name}", float(value), step)
 
     def close(self) -> None:

@@ -29,7 +29,9 @@ def stage_report(stage: Any, folder: Path) -> str:
         return "\n".join(lines)
     if importlib.util.find_spec("matplotlib") is None:
         return "\n".join([*lines, "Plots need `pip install 'jaxherd[report]'`.", ""])
-    layers = stage.model.routed_layers() if hasattr(stage.model, "routed_layers") else []
+    # Objectives need not tell where tokens went.
+    told = "expert_load/0" in train[-1] and hasattr(stage.model, "routed_layers")
+    layers = stage.model.routed_layers() if told else []
     for title, name in _draw(train, held_out, folder, layers):
         lines += [f"![{title}]({folder.name}/plots/{name})", ""]
     return "\n".join([*lines, *_samples(folder)])

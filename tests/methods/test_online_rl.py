@@ -53,13 +53,12 @@ def stage(**changes) -> TrainStage:
     return TrainStage(**settings | changes)
 
 
-def run(workdir, **changes):
+def run(workdir, devices=1, **changes):
     """Return (what was said, records)."""
     said: list[str] = []
     thing = Experiment("tests/rl", "cpu", "cpu", (stage(**changes),))
-    run_experiment(
-        thing, workdir, target="cpu", devices=tuple(jax.devices()[:1]), say=said.append, quiet=True
-    )
+    used = tuple(jax.devices()[:devices])
+    run_experiment(thing, workdir, target="cpu", devices=used, say=said.append, quiet=True)
     lines = (workdir / "rl" / "metrics.jsonl").read_text().splitlines()
     return said, [json.loads(line) for line in lines]
 
@@ -101,6 +100,18 @@ def test_a_run_as_it_should_be(whole):
         # Both capabilities by turns, of the prompts that the filter kept.
         assert [p // 6 for p in problems] == ([0, 1, 0, 1] if number % 2 == 0 else [1, 0, 1, 0])
         assert set(problems) <= set(kept[f"filter-{number // 2:06d}.json"]["kept"])
+
+
+@pytest.mark.slow  # compiles the step again, for two devices
+def test_several_devices_of_one_process(tmp_path, whole):
+    """One of them samples, all of them train."""
+    config = RunConfig(steps=4, checkpoint_every=4, loggers=("jsonl",))
+    layout = Layout("fsdp", fsdp=-1)
+    _, found = run(tmp_path, 2, run_config=config, layout=layout, callbacks=())
+    _, records, kept = whole
+    assert files(tmp_path)["round-000000.npz"]["tokens"] == kept["round-000000.npz"]["tokens"]
+    wanted = [r["grad_norm"] for r in records if r["kind"] == "train"][:2]
+    assert [r["grad_norm"] for r in found][:2] == pytest.approx(wanted, rel=1e-3)
 
 
 class Killed(BaseException):

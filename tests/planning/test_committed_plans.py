@@ -48,7 +48,8 @@ def test_scout_needs_less_memory_than_the_mark():
     """At 8,192 tokens a chip on v5p:4x4x8: at most 30 GiB a chip (public stack: 41).
 
     What nothing hides of the collectives is at most 0.15 of their ideal time (public: 1.0), and
-    work that is no matrix product at most 0.2 of the core's (public: 0.33).
+    work that is no matrix product at most 0.2 of the core's (public: 0.33).  The two shares are those
+    of a plan that prices the whole buffer of the exchange (tpu/README.md).
     """
     plan = json.loads(
         (resources.folder("tpu") / "plans" / "llama4-scout-v5p-4x4x8.json").read_text()
