@@ -35,9 +35,10 @@ class AttentionMask:
         decrease by array index inside a segment, so a local rule needs only neighbouring blocks.
       contiguous: in addition every row is positions 0..T-1 of one segment, so that the rule holds
         for array indices and whole blocks can be skipped when compiling.
-      keys_by_position: key s holds position s of the row's one document, or is empty (-1) because
-        no token of that position was written yet: a full layer's cache.  Every position up to a
-        query's own is written.
+      keys_by_position: key s holds position o + s of the row's one document, o being a number of
+        the row's own, or is empty (-1): a full layer's cache, or the pages that a piece of a prompt
+        sees.  Every position that a query sees is there, and under a local rule the queries are
+        consecutive tokens.
     """
 
     q_positions_BT: Int[Array, "B T"]
