@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 MaskKind = Literal["bidirectional", "causal", "chunked", "prefix", "sliding_window"]
@@ -72,6 +73,25 @@ class AttentionMask:
         if self.q_segments_BT is not None and self.k_segments_BS is not None:
             seen &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
         return seen
+
+    def without_padding(self, q_BTNH, k_BSKH, v_BSKH):
+        """Return them with zeros at negative positions, which may hold anything, also no number.
+
+        A weight of zero would not do: zero times what is no number is none, and scores of padding
+        with itself may overflow in the gradient.
+        """
+        if self.contiguous:
+            return q_BTNH, k_BSKH, v_BSKH
+
+        def kept(x, positions):
+            return jnp.where((positions >= 0)[:, :, None, None], x, 0)
+
+        k_positions = self.k_positions_BS
+        return (
+            kept(q_BTNH, self.q_positions_BT),
+            kept(k_BSKH, k_positions),
+            kept(v_BSKH, k_positions),
+        )
 
     def keys(self, start, length: int) -> "AttentionMask":
         """Return the mask of `length` keys from index `start` (may be traced)."""

@@ -143,7 +143,7 @@ def _row(x):
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpret: bool = False):
-    """Equal to `reference.attend` where `unsupported` returns None.
+    """Equal to `reference.attend` where `unsupported` returns None, but for padding's own queries.
 
     Raises:
       JaxherdError: the arguments are not supported; the sentence says why.
@@ -154,9 +154,6 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     batch, length, size = *q_BTNH.shape[:2], mask.size
     pairs = row_pairs(mask, length, k_BSKH.shape[1])
     q_BTNH = q_BTNH * scale
-    if not mask.contiguous:
-        # Large scores of padding with itself would round to an overflow in the gradient.
-        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
     if (
         mask.contiguous and mask.kind == "chunked" and size and size < length
         and length % size == 0 and size % _LANES == 0
@@ -197,11 +194,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
             out_specs=heads,
             check_vma=False,
         )(q_BTNH, k_BSKH, v_BSKH, *moving)
-    out_BTNH = out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
-    if mask.contiguous:
-        return out_BTNH
-    # Padding attends to padding in splash; the definition gives zeros.
-    return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
+    return out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
 
 
 def row_pairs(mask: AttentionMask, length: int, keys: int) -> int:
