@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LINE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(LINE).txt
 
-.PHONY: demo test lint types floors install install-dev wheel test-slow test-oracle test-gpu-compile clean
+.PHONY: demo test lint types floors install install-dev wheel test-slow test-oracle test-gpu-compile test-tpu-compile-full clean
 
 demo: install
 	$(BIN)/jaxherd run llama4/scout --on cpu
@@ -45,6 +45,10 @@ test-oracle:
 
 test-gpu-compile:
 	$(BIN)/pytest -q -m gpu_compile
+
+# Every kernel and full-width program for every generation of TPU; no TPU is needed, the compiler comes with install-dev.
+test-tpu-compile-full:
+	$(BIN)/pytest -q -n 2 --dist loadfile -m tpu_compile_full
 
 clean:
 	rm -rf $(VENV) dist build runs

@@ -109,9 +109,11 @@ class PagedCache:
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], AttentionMask]:
         """Return (keys, values, mask) of all that a piece of a prompt sees, itself included.
 
-        The pages are copied to rows, for causal layers as many as the table is wide: a piece of T
-        tokens behind L others reads, writes and reads again L keys and values where attention
-        would read them once, little beside the T L products while T is in the hundreds.
+        The pages are copied to rows, for causal layers as many as the table is wide, for local ones
+        as many as T tokens can reach: a piece of T tokens behind L others reads, writes and reads
+        again L keys and values where attention would read them once, little beside the T L products
+        while T is in the hundreds.  Pages lie in order of position, so that the attention kernel
+        takes them, from the first one in sight on.
         """
         page = self.pool.page_size
         earliest_B = jnp.where(positions_BT >= 0, positions_BT, 2**30).min(axis=1)
@@ -129,7 +131,7 @@ class PagedCache:
             seen_BS,
             kind=rule.kind,
             size=rule.size,
-            keys_by_position=rule.kind == "causal",
+            keys_by_position=True,
         )
         return k_BSKH, v_BSKH, mask
 

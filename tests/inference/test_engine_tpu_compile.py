@@ -54,6 +54,31 @@ def program(partitioner):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_later_piece_of_a_prompt_takes_the_kernel_in_every_layer():
+    """Chunked layers as well as NoPE layers; attention by XLA would take exponentials of scores."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"]).devices
+    partitioner = Partitioner.create(Layout("one"), devices[:1])
+    _, (module, pools, *_, tables, _) = program(partitioner)
+
+    def piece(module, pools, tokens, positions, lengths):
+        last = jnp.zeros((2, 256), jnp.bfloat16)
+        paged = PageTables(tuple(t[:2] for t in tables), tuple(RULES))
+        return steps.prefill(
+            module, pools, last, tokens, positions, lengths, paged, cache_is_empty=False
+        )
+
+    tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=partitioner.replicated())
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=partitioner.replicated())
+    with partitioner.activate():
+        text = jax.jit(piece).lower(module, pools, tokens, tokens, lengths).as_text()
+    # The layers of a rule call one function.
+    assert len(re.findall(r'kernel_name = "splash_mha_fwd', text)) == 2
+    assert not re.search(r"stablehlo\.exponential .*: tensor<(\d+x){4}", text)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_decoding_over_pages_compiles_and_copies_no_pool():
     from jax.experimental import topologies
 

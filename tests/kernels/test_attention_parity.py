@@ -27,11 +27,14 @@ def mask_of(spec: ArgSpec, seed: int = 0) -> AttentionMask:
         rule["prefix_length_B"] = None
     q_index = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
     if keys > length:
-        # A cache that the row fills part of the way.
+        # A cache that the row fills part of the way; of a local rule the pages in sight alone.
         k_index = np.broadcast_to(np.arange(keys, dtype=np.int32), (batch, keys))
         offset = keys - length - length // 3
-        positions = q_index + offset
-        stored = np.where(k_index < offset + length, k_index, -1)
+        first = np.zeros((batch, 1), np.int32)
+        if spec.kind in ("chunked", "sliding_window"):
+            first = 96 + 33 * np.arange(batch, dtype=np.int32)[:, None]
+        positions = q_index + offset + first
+        stored = np.where(k_index < offset + length, k_index + first, -1)
         return AttentionMask(
             jnp.asarray(positions), jnp.asarray(stored), keys_by_position=True, **rule
         )
@@ -64,14 +67,13 @@ def arrays(spec: ArgSpec, seed: int = 0):
 
 
 def check(implementation, spec, *, gradients=True, seed=0):
-    """Compare; what is padding holds garbage in the implementation's arguments."""
+    """Compare; what is padding, or was never written, is no number for the implementation."""
     mask = mask_of(spec, seed)
     padding = {0: mask.q_positions_BT < 0, 1: mask.k_positions_BS < 0}
 
     def dirty(which, array):
-        # Large, but finite: a masked score times infinity is no number in any implementation.
         rows = padding[0 if which in (0, "cotangent") else 1]
-        return jnp.where(rows[..., None, None], jnp.asarray(1e4, array.dtype), array)
+        return jnp.where(rows[..., None, None], jnp.asarray(jnp.nan, array.dtype), array)
 
     def clean(array, rows):
         return jnp.where(rows[..., None, None], 0, array)
@@ -95,6 +97,13 @@ def check(implementation, spec, *, gradients=True, seed=0):
 def test_specs(name, implementation):
     spec = ARG_SPECS[name].shrunk()
     check(implementation, spec, gradients=spec.trained)
+
+
+@pytest.mark.parametrize("kind, size", [("causal", None), ("chunked", 200), ("sliding_window", 90)])
+def test_a_piece_of_a_prompt(kind, size):
+    """Rows whose keys start at different positions; pieces that cross several edges of chunks."""
+    spec = ArgSpec("piece", 256, 2, 1, 64, kind, size, keys=640, dtype="float32", batch=2)
+    check("splash", spec, gradients=False)
 
 
 @pytest.mark.parametrize("name", ["llama4_train_chunked", "llama4_train_full"])

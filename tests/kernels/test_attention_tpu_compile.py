@@ -19,6 +19,7 @@ QUICK = [
     ("v5p", "llama4_train_chunked"),
     ("v5e", "mobilellm_pro_packed"),
     ("v6e", "llama4_prefill"),
+    ("v5p", "llama4_prefill_chunked"),
     ("tpu7x", "llama4_vision"),
     ("v5e", "head_72"),
 ]

@@ -12,7 +12,7 @@ from parity import Parity
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import grouped_matmul, grouped_swiglu, quantize
 from jaxherd.kernels.grouped_matmul import api, pallas_tpu
-from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS
+from jaxherd.kernels.grouped_matmul.arg_specs import ARG_SPECS, ArgSpec
 from jaxherd.kernels.grouped_matmul.tiles import Limits
 
 XLA = ("blocked", "ragged_dot")
@@ -252,6 +252,37 @@ def test_arg_specs_elsewhere(name, implementation):
         dirty=tail_of(sizes, np.nan),
         tolerance=3e-2 if spec.dtype == "bfloat16" else 2e-5,
     )
+
+
+@pytest.mark.parametrize("form, code, group", [
+    ("swiglu", None, None), ("swiglu", "packed_int4", 32), ("matmul", "int8", None),
+])  # fmt: skip
+@pytest.mark.parametrize("implementation", [*XLA, *PALLAS])
+def test_garbage_in_the_tail_of_experts(implementation, form, code, group):
+    """Rows, their scores and what comes back: no number where no group is; of codes too."""
+    spec = ArgSpec("garbage", 40, 64, 130, 3, form, "float32", code, group)
+    parity, arguments, sizes = call_of(spec)
+    assert 0 < int(sizes.sum()) < spec.rows
+    parity.check(
+        implementation, arguments, interpret=True, dirty=tail_of(sizes, np.nan), tolerance=2e-5
+    )
+
+
+@pytest.mark.parametrize("code, group", [(None, None), ("packed_int4", 32)])
+def test_uninitialised_memory_does_not_leak_from_experts(code, group):
+    """All memory starts as NaN, also that of the two products that are kept for the gradient."""
+    memory = pltpu.InterpretParams(uninitialized_memory="nan")
+    _, (x, gate, up, sizes, scale), _ = call_of(
+        ArgSpec("memory", 40, 64, 130, 3, "swiglu", "float32", code, group)
+    )
+    dirty = tail_of(sizes, np.nan)
+    found = jax.jit(pallas_tpu._gated, static_argnums=(4, 5, 6, 7))(
+        dirty(0, x), (gate, up), sizes, dirty(4, scale), SMALL, memory, None, True
+    )
+    products = [grouped_matmul(x, w, sizes, implementation="reference") for w in (gate, up)]
+    hidden = jax.nn.silu(products[0] * scale[:, None]) * products[1] * scale[:, None]
+    for one, other in zip(found, (hidden, *products), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", ["empty_groups", "tail", "one_takes_all"])

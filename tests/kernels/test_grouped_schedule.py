@@ -1,11 +1,15 @@
 """What the kernels visit and read, counted from the schedule and the index maps alone."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 
 from jaxherd.kernels import grouped_matmul, quantize
 from jaxherd.kernels.grouped_matmul import pallas_tpu_forward
@@ -85,6 +89,100 @@ def test_two_rows_over_128_experts_read_two_matrices():
     cost = pallas_tpu_forward.cost(x, (w, w), spec.columns, tiles)
     two_experts = 2 * 2 * spec.inner * spec.columns * 2
     assert two_experts <= cost.bytes_accessed <= 1.01 * two_experts
+
+
+class Fetches:
+    """Looks at what the kernel's own index maps name while its grid runs.
+
+    The pipeline copies a block when its index differs from the one before.
+    """
+
+    def __init__(self, monkeypatch):
+        self._calls = []
+        make = pl.pallas_call
+
+        def recording(kernel, *, grid_spec, **options):
+            call = make(kernel, grid_spec=grid_spec, **options)
+
+            def run(*operands):
+                self._calls.append((grid_spec, operands))
+                return call(*operands)
+
+            return run
+
+        monkeypatch.setattr(pallas_tpu_forward.pl, "pallas_call", recording)
+
+    def of(self, operand: int, scalars=None) -> tuple[list[tuple[int, ...]], int]:
+        """Return (copied blocks of an operand of the only call, in order, their bytes)."""
+        ((spec, operands),) = self._calls
+        count = spec.num_scalar_prefetch
+        scalars = [np.asarray(s) for s in (scalars or operands[:count])]
+        strips, _, blocks = spec.grid
+        live_and_tail = int(scalars[-1]) if len(scalars) > count else int(spec.grid[1])
+        block_spec, array = spec.in_specs[operand], operands[count + operand]
+        copied = []
+        for n, v, k in itertools.product(range(strips), range(live_and_tail), range(blocks)):
+            at = tuple(int(i) for i in block_spec.index_map(n, v, k, *scalars[:count]))
+            if not copied or copied[-1] != at:
+                copied.append(at)
+        sides = [1 if side is None else side for side in block_spec.block_shape]
+        moved = sum(
+            int(np.prod([min(s, n - i * s) for s, n, i in zip(sides, array.shape, at)]))
+            for at in copied
+        )
+        return copied, moved * array.dtype.itemsize
+
+
+GATE, UP = 1, 2
+TWO = np.zeros(128, np.int32)
+TWO[[17, 93]] = 1
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_two_rows_over_128_experts_copy_two_experts(rows, monkeypatch):
+    """As it runs, in interpret mode; what must not be read is no number."""
+    fetches, inner, columns = Fetches(monkeypatch), 256, 384
+    rng = np.random.default_rng(0)
+    x = np.full((rows, inner), np.nan, np.float32)
+    x[:2] = rng.normal(size=(2, inner))
+    weights = np.full((2, 128, inner, columns), np.nan, np.float32)
+    weights[:, [17, 93]] = rng.normal(size=(2, 2, inner, columns)) / inner**0.5
+    tiles = dataclasses.replace(
+        forward_tiles(rows, inner, columns, FALLBACK, x_bytes=4, w_bytes=4, matrices=2),
+        columns=128, inner=128, inner_chunk=128,
+    )  # fmt: skip
+    found = pallas_tpu_forward.forward(
+        jnp.asarray(x), tuple(jnp.asarray(weights)), jnp.asarray(TWO), tiles=tiles, interpret=True
+    )
+    wanted = np.zeros((rows, columns))
+    for row, expert in enumerate((17, 93)):
+        gate, up = x[row] @ weights[0, expert], x[row] @ weights[1, expert]
+        wanted[row] = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for operand in (GATE, UP):
+        copied, moved = fetches.of(operand)
+        assert {expert for expert, _, _ in copied} == {17, 93}
+        assert moved == 2 * inner * columns * 4, "each of the two once, and nothing else"
+
+
+def test_mavericks_two_rows_copy_two_experts(monkeypatch):
+    """At the widths and tiles of the model, by the index maps of the call alone."""
+    fetches, spec = Fetches(monkeypatch), ARG_SPECS["maverick_decode_2"]
+    x = jax.ShapeDtypeStruct((spec.rows, spec.inner), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((128, spec.inner, spec.columns), jnp.bfloat16)
+    tiles = forward_tiles(
+        spec.rows, spec.inner, spec.columns, LIMITS["v5e"], x_bytes=2, w_bytes=2, matrices=2
+    )
+
+    def call(x, gate, up):
+        return pallas_tpu_forward.forward(x, (gate, up), jnp.asarray(TWO), tiles=tiles)
+
+    jax.eval_shape(call, x, w, w)
+    schedule = forward_schedule(jnp.asarray(TWO), spec.rows, tiles.rows)
+    for operand in (GATE, UP):
+        copied, moved = fetches.of(operand, schedule)
+        assert len(copied) > 2 and {expert for expert, _, _ in copied} == {17, 93}
+        assert moved == 2 * spec.inner * spec.columns * 2
 
 
 def test_a_matrix_is_read_once_for_all_its_tiles():

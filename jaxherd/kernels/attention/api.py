@@ -1,5 +1,6 @@
 """One entry to attention; `implementation` says which code runs."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxherd.core.errors import JaxherdError, nearest
@@ -33,7 +34,8 @@ def attention(
 
     Args:
       q_BTHD: queries; N heads of size D.
-      k_BSKD, v_BSKD: keys and values; N must be a multiple of K.
+      k_BSKD, v_BSKD: keys and values; N must be a multiple of K.  Where the mask has a negative
+        position all three may hold anything; elsewhere they are numbers, seen or not.
       mask: the rule over positions and segments.
       scale: D**-0.5 by default.
       temperature_BT: a factor on each query, the same for its heads (Llama 4's layers without
@@ -61,6 +63,15 @@ def attention(
     if temperature_BT is not None:
         q_BTHD = (q_BTHD * temperature_BT[:, :, None, None]).astype(q_BTHD.dtype)
     factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
+    q_BTHD, k_BSKD, v_BSKD = mask.without_padding(q_BTHD, k_BSKD, v_BSKD)
+    out_BTHD = _attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret)
+    if mask.contiguous:
+        return out_BTHD
+    # What comes back for padding may be anything as well; kernels let padding attend to padding.
+    return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTHD, 0)
+
+
+def _attend(q_BTHD, k_BSKD, v_BSKD, mask: AttentionMask, factor: float, implementation, interpret):
     if implementation is None:
         implementation = "splash" if _splash_pays(q_BTHD, k_BSKD, mask) else "xla"
         if sequence_parallel.applies(q_BTHD, k_BSKD, mask):

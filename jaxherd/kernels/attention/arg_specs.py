@@ -18,7 +18,7 @@ class ArgSpec:
     Attributes:
       name: unique.
       length, keys: queries and keys of a row; more keys than queries means that the queries are the
-        last ones of a long row whose earlier keys are cached in order of position.
+        last ones of a long row whose earlier keys, those in sight, are cached in order of position.
       heads, kv_heads, head_dim: N, K, H.
       kind, size: the rule.
       packed: several documents a row, with padding at its end.
@@ -61,6 +61,8 @@ _LLAMA4 = (
     ArgSpec("llama4_long_packed", 32768, 40, 8, 128, "chunked", 8192, packed=True, trained=True),
     # The last piece of a 262,144-token prompt, in a layer that sees all of it.
     ArgSpec("llama4_prefill", 8192, 40, 8, 128, keys=262144),
+    # A piece of it that starts within a chunk: pages of 128 from its first one in sight on.
+    ArgSpec("llama4_prefill_chunked", 8192, 40, 8, 128, "chunked", 8192, keys=16512),
     ArgSpec("llama4_vision", 577, 16, 16, 88, "bidirectional", batch=2, trained=True),
 )
 _OTHERS = (

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 MaskKind = Literal["bidirectional", "causal", "chunked", "prefix", "sliding_window"]
@@ -35,9 +36,10 @@ class AttentionMask:
         decrease by array index inside a segment, so a local rule needs only neighbouring blocks.
       contiguous: in addition every row is positions 0..T-1 of one segment, so that the rule holds
         for array indices and whole blocks can be skipped when compiling.
-      keys_by_position: key s holds position s of the row's one document, or is empty (-1) because
-        no token of that position was written yet: a full layer's cache.  Every position up to a
-        query's own is written.
+      keys_by_position: key s holds position o + s of the row's one document, o being a number of
+        the row's own, or is empty (-1): a full layer's cache, or the pages that a piece of a prompt
+        sees.  Every position that a query sees is there, and under a local rule the queries are
+        consecutive tokens.
     """
 
     q_positions_BT: Int[Array, "B T"]
@@ -71,6 +73,25 @@ class AttentionMask:
         if self.q_segments_BT is not None and self.k_segments_BS is not None:
             seen &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
         return seen
+
+    def without_padding(self, q_BTNH, k_BSKH, v_BSKH):
+        """Return them with zeros at negative positions, which may hold anything, also no number.
+
+        A weight of zero would not do: zero times what is no number is none, and scores of padding
+        with itself may overflow in the gradient.
+        """
+        if self.contiguous:
+            return q_BTNH, k_BSKH, v_BSKH
+
+        def kept(x, positions):
+            return jnp.where((positions >= 0)[:, :, None, None], x, 0)
+
+        k_positions = self.k_positions_BS
+        return (
+            kept(q_BTNH, self.q_positions_BT),
+            kept(k_BSKH, k_positions),
+            kept(v_BSKH, k_positions),
+        )
 
     def keys(self, start, length: int) -> "AttentionMask":
         """Return the mask of `length` keys from index `start` (may be traced)."""

@@ -28,7 +28,7 @@ def unsupported(q_BTNH, k_BSKH, mask: AttentionMask) -> str | None:
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpret: bool = False):
-    """Equal to `reference.attend` where `unsupported` returns None.
+    """Equal to `reference.attend` where `unsupported` returns None, but for padding's own queries.
 
     Raises:
       JaxherdError: the arguments are not supported; the sentence says why.
@@ -43,9 +43,6 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     ids = index_rule(mask, length, length).q_ids_BT
     if ids is not None:
         ids = jnp.broadcast_to(jnp.asarray(ids), (batch, length))
-    if not mask.contiguous:
-        # Large scores of padding with itself would round to an overflow in the gradient.
-        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
     out_BTNH: Any = triton.mha(
         q_BTNH,
         jnp.repeat(k_BSKH, groups, axis=2),
@@ -59,6 +56,4 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
         ),
         interpret=interpret,
     )  # fmt: skip
-    if mask.contiguous:
-        return out_BTNH
-    return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
+    return out_BTNH

@@ -158,10 +158,7 @@ def gather_attention(
     if inner == "splash":
         rule = splash.index_rule(seen, length, k.shape[1], offset)
         pairs = splash.row_pairs(seen, length, k.shape[1])
-        valid_BT11 = (mask.q_positions_BT >= 0)[:, :, None, None]
-        q = jnp.where(valid_BT11, q_BTNH * scale, 0)
-        out = splash.attend_rule(q, k, v, rule, pairs=pairs, interpret=interpret)
-        return jnp.where(valid_BT11, out, 0)
+        return splash.attend_rule(q_BTNH * scale, k, v, rule, pairs=pairs, interpret=interpret)
     if length * k.shape[1] > 4 * _BLOCK * _BLOCK:
         return reference.attend_blocked(q_BTNH, k, v, seen, scale)
     return reference.attend(q_BTNH, k, v, seen, scale)

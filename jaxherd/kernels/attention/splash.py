@@ -3,7 +3,7 @@
 Splash visits the blocks that a map names and inside of a block compares the index of each key with
 a number per query, and segment ids.  Every rule over positions becomes such numbers (`IndexRule`):
 
-- causal: a query's number is its own index (its position, where keys lie by position);
+- causal: a query's number is its own index (where keys lie by position, that of its position);
 - prefix: that index, or the last one of the prefix if it is larger;
 - sliding window: in addition the key's index is less than `size` behind;
 - chunked: ids that also count the chunk, under causal order;
@@ -103,28 +103,24 @@ def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> 
             _row(top), _row(ids), _row(k_ids), size if mask.kind == "sliding_window" else None, size
         )
     p_BT = mask.q_positions_BT
+    ids, k_ids = mask.q_segments_BT, mask.k_segments_BS
+    if mask.keys_by_position or ids is None or k_ids is None:
+        ids, k_ids = jnp.zeros_like(p_BT), jnp.zeros_like(mask.k_positions_BS)
+    # Where keys are the queries' own tokens their indices are known when tracing, unless rows are cut.
+    index_BT: Any = (offset + np.arange(length, dtype=np.int32))[None]
+    # The index at which each token's document has position 0.
+    document_BT = index_BT - p_BT
     if mask.keys_by_position:
-        document_BT = 0
-        ids = jnp.zeros_like(p_BT)
-        k_ids = jnp.zeros_like(mask.k_positions_BS)
-        k_chunks = jnp.arange(keys, dtype=jnp.int32)
-    else:
-        index_T = offset + np.arange(length, dtype=np.int32)
-        # The index at which each token's document has position 0.
-        document_BT = index_T - p_BT
-        ids, k_ids = mask.q_segments_BT, mask.k_segments_BS
-        if ids is None or k_ids is None:
-            ids, k_ids = jnp.zeros_like(p_BT), jnp.zeros_like(mask.k_positions_BS)
-        k_chunks = mask.k_positions_BS
+        document_BT = _origin(mask.k_positions_BS)
+        index_BT = p_BT + document_BT
     if mask.kind == "chunked" and size:
-        chunks = p_BT // size
+        chunks, k_chunks = p_BT // size, mask.k_positions_BS // size
         # Chunks of a document are consecutive and documents too: ids never decrease.
-        most = jnp.maximum(jnp.max(chunks), jnp.max(k_chunks // size)) + 2
-        ids, k_ids = ids * most + chunks, k_ids * most + k_chunks // size
+        most = jnp.maximum(jnp.max(chunks), jnp.max(k_chunks)) + 2
+        ids, k_ids = ids * most + chunks, k_ids * most + k_chunks
     top_BT = None
     if mask.kind != "bidirectional":
-        # Known when tracing unless keys lie by position or the rows are cut.
-        top_BT = p_BT if mask.keys_by_position else index_T[None]
+        top_BT = index_BT
         if mask.kind == "prefix" and mask.prefix_length_B is not None:
             top_BT = document_BT + jnp.maximum(p_BT, mask.prefix_length_B[:, None] - 1)
             top_BT = jnp.minimum(top_BT, keys - 1)
@@ -133,12 +129,21 @@ def index_rule(mask: AttentionMask, length: int, keys: int, offset: Any = 0) -> 
     return IndexRule(top_BT, ids, k_ids, size if mask.kind == "sliding_window" else None, size)
 
 
+def _origin(k_positions_BS):
+    """Return [B, 1] the index, negative or zero, at which position 0 would lie among the keys."""
+    index_S = jnp.arange(k_positions_BS.shape[1], dtype=k_positions_BS.dtype)
+    # The same for every key that is there; with none there is nothing to see.
+    return jnp.where(k_positions_BS >= 0, index_S - k_positions_BS, -(2**30)).max(
+        axis=1, keepdims=True
+    )
+
+
 def _row(x):
     return x if x is None or x.ndim == 2 else x[None]
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpret: bool = False):
-    """Equal to `reference.attend` where `unsupported` returns None.
+    """Equal to `reference.attend` where `unsupported` returns None, but for padding's own queries.
 
     Raises:
       JaxherdError: the arguments are not supported; the sentence says why.
@@ -149,9 +154,6 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     batch, length, size = *q_BTNH.shape[:2], mask.size
     pairs = row_pairs(mask, length, k_BSKH.shape[1])
     q_BTNH = q_BTNH * scale
-    if not mask.contiguous:
-        # Large scores of padding with itself would round to an overflow in the gradient.
-        q_BTNH = jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], q_BTNH, 0)
     if (
         mask.contiguous and mask.kind == "chunked" and size and size < length
         and length % size == 0 and size % _LANES == 0
@@ -192,11 +194,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
             out_specs=heads,
             check_vma=False,
         )(q_BTNH, k_BSKH, v_BSKH, *moving)
-    out_BTNH = out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
-    if mask.contiguous:
-        return out_BTNH
-    # Padding attends to padding in splash; the definition gives zeros.
-    return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTNH, 0)
+    return out_BTNH.reshape(batch, length, *out_BTNH.shape[2:])
 
 
 def row_pairs(mask: AttentionMask, length: int, keys: int) -> int:

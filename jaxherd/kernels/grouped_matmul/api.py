@@ -105,7 +105,10 @@ def grouped_swiglu(
             expected_rows,
         )  # fmt: skip
     if row_scale_M is not None:
-        x_MK = x_MK * row_scale_M[:, None].astype(x_MK.dtype)
+        # What stands in the tail would reach the gradients of both through their product.
+        used_M = jnp.arange(x_MK.shape[0]) < group_sizes_G.sum()
+        x_MK = jnp.where(used_M[:, None], x_MK, 0)
+        x_MK = x_MK * jnp.where(used_M, row_scale_M, 0)[:, None].astype(x_MK.dtype)
     args = (group_sizes_G, interpret, expected_rows)
     gate_MN = _product(name, x_MK, gate_GKN, *args)
     return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, *args)
