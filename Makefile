@@ -10,9 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: install
 	$(BIN)/jaxherd run llama4/scout --on cpu
 
-# Lint, types, import floors and the default tests, on the wheel that users would install.
+# Lint, types, import floors and the default tests, on the wheel that users would install.  A worker
+# that is lost ends the run: with one in its place it would wait for ever.
 test: install-dev lint types floors
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile --max-worker-restart 0
 
 lint:
 	$(BIN)/ruff check .
@@ -48,7 +49,7 @@ test-gpu-compile:
 
 # Every kernel and full-width program for every generation of TPU; no TPU is needed, the compiler comes with install-dev.
 test-tpu-compile-full:
-	$(BIN)/pytest -q -n 2 --dist loadfile -m tpu_compile_full
+	$(BIN)/pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m tpu_compile_full
 
 clean:
 	rm -rf $(VENV) dist build runs

@@ -41,3 +41,14 @@ def devices() -> list:
     found = jax.devices("cpu")
     assert len(found) >= 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
     return found[:8]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Let go of a module's compiled programs when it ends.
+
+    Each holds mappings of memory, of which a process may have 65,530 (vm.max_map_count): all tests
+    in one process would need more, and the compiler then ends the process.
+    """
+    yield
+    jax.clear_caches()
