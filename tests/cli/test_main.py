@@ -176,7 +176,12 @@ def test_a_signal_ends_a_verb_with_one_line(capsys, monkeypatch, verb, number, s
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(catalog, "load", stopped)
-    assert call(capsys, verb, "llama4/scout") == (status, "", told)
+    # A job that a shell runs in the background ignores interrupts.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call(capsys, verb, "llama4/scout") == (status, "", told)
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

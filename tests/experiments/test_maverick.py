@@ -21,7 +21,10 @@ def test_the_released_size():
 def test_smaller_scales_are_of_the_same_kind(scale, most):
     model = catalog.load("llama4/maverick", scale).stages[0].model
     assert model.num_params() < most
-    assert len(model.segments()) == 1  # layers in turn, scanned over their period
+    routed = [isinstance(layer.feed_forward, MoeConfig) for layer in model.layers]
+    assert routed == [False, True] * (len(routed) // 2)
+    # Layers in turn, scanned over their period of four where there is more than one.
+    assert len(model.segments()) == (4 if len(routed) == 4 else 1)
     assert model.active_params() < model.num_params() / 4
 
 
