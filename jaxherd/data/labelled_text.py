@@ -24,7 +24,7 @@ from jaxherd.data.mixture import endless
 from jaxherd.data.ngrams import NgramConfig
 from jaxherd.data.packing import OnePass
 from jaxherd.data.pipeline import GrainBatches, batch_rows, check_sharding
-from jaxherd.data.sources import resolve
+from jaxherd.data.sources import beside, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,10 @@ class LabelledFile:
 
     path: str
     heldout_fraction: float = 0.2
+
+    def provenance_folders(self) -> list[pathlib.Path]:
+        """Return the folder of the file: texts of a model have that model's origin."""
+        return beside(self.path)
 
     def texts(self, split: str) -> list[LabelledText]:
         """Read one split; raises JaxherdError naming the first line that is wrong."""

@@ -23,7 +23,7 @@ from jaxherd.weights.assemble import assemble, decoder_placements
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
 from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
 from jaxherd.weights.hf_config import architecture_of, read_config
-from jaxherd.weights.licence import LlamaMaterials, llama_materials
+from jaxherd.weights.licence import LlamaMaterials, llama_materials, remember
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
 from jaxherd.weights.trained import load_trained, trained_config, trained_folder
@@ -70,7 +70,10 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool =
     """
     module = _load(source, _dtype(dtype), text_only)
     # What was read as a whole is cut here; a Hugging Face folder was not read as a whole.
-    return text_part(module) if text_only and isinstance(module, MultimodalDecoder) else module
+    if text_only and isinstance(module, MultimodalDecoder):
+        module = text_part(module)
+    remember(module, materials_of(source))
+    return module
 
 
 def model_config(source: str | os.PathLike[str]) -> Any:
@@ -96,7 +99,9 @@ def materials_of(source: str | os.PathLike[str]) -> LlamaMaterials | None:
     Raises:
       JaxherdError: there is no model.
     """
-    _, path, entries = _located(source)
+    kind, path, entries = _located(source)
+    if kind == "gguf":
+        entries = GgufStore(path).metadata
     return llama_materials(path if path.is_dir() else path.parent, entries)
 
 
