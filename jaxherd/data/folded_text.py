@@ -16,12 +16,13 @@ import dataclasses
 import functools
 import unicodedata
 
-# Latin letters, and those of other alphabets that many fonts draw alike.
+# Latin letters and signs, and those of other alphabets that many fonts draw alike.
 _ALIKE = {
     "a": "аαᴀɑ", "b": "вβьʙƅɓ", "c": "сᴄϲⅽ", "d": "ԁđᴅɗⅾ", "e": "еεᴇɛ", "f": "ғƒꜰ", "g": "ցɡɢԍգ",
     "h": "һհħʜн", "i": "іıιɪɩ", "j": "јϳᴊ", "k": "кκᴋƙ", "l": "ӏłʟℓⅼ", "m": "мᴍⅿ", "n": "ηпոɴ",
     "o": "оοօøᴏɔ", "p": "рρᴘ", "q": "ԛզք", "r": "гʀ", "s": "ѕꜱ", "t": "тτŧᴛ", "u": "υսᴜ", "v": "νѵᴠʋ",
     "w": "ԝωᴡ", "x": "хχ", "y": "уγʏƴ", "z": "ᴢƶ",
+    "'": "’‘ʼ′", "-": "‐‑‒–—―−",
 }  # fmt: skip
 _LATIN = {theirs: ours for ours, alike in _ALIKE.items() for theirs in alike} | {"μ": "u"}
 

@@ -112,8 +112,13 @@ class OverrideTexts:
         random = np.random.default_rng((self.seed, len(split)))
         attacks = self._filled(_ATTACKS[split], count, random)
         requests = self._filled(_REQUESTS[split], count // 2, random)
-        prose = _sentences(split)
-        chosen = random.permutation(len(prose))[: count - len(requests)]
+        prose, wanted = _sentences(split), count - len(requests)
+        if len(prose) < wanted:
+            raise JaxherdError(
+                f"per_split={self.per_split} asks for {wanted} sentences and Python's reference gives "
+                f"{len(prose)} for {split}: lower it."
+            )
+        chosen = random.permutation(len(prose))[:wanted]
         found = [LabelledText(text, (LABEL,)) for text in attacks]
         return found + [LabelledText(text) for text in [*requests, *(prose[i] for i in chosen)]]
 
@@ -136,6 +141,8 @@ def _sentences(split: str) -> list[str]:
     """Return sentences of Python's reference; a topic lies in one split whole."""
     found: dict[str, None] = {}
     for document in python_topics():
-        if is_heldout(document.source, document.path, 0.4) == (split == "heldout"):
-            found.update(dict.fromkeys(_SENTENCE.findall(document.text)))
+        if is_heldout(document.source, document.path, 0.4) != (split == "heldout"):
+            continue
+        for paragraph in document.text.split("\n\n"):
+            found.update(dict.fromkeys(_SENTENCE.findall(" ".join(paragraph.split()))))
     return list(found)

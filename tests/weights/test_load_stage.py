@@ -1,6 +1,7 @@
 """Released weights as a stage: a checkpoint that training starts from, and a source of its own."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -94,3 +95,44 @@ def test_the_text_part_of_a_multimodal_source(vision_golden, tmp_path):
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(wanted[name]))
+
+
+def test_materials_are_known_through_training(source, tmp_path, capsys):
+    """Fine-tuned, and distilled from: both are derivatives, and their exports say so."""
+    from jaxherd.cli.main import main
+    from jaxherd.training.stage import FrozenModel
+
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    (folder / "LICENSE").write_text(
+        "LLAMA 4 COMMUNITY LICENSE AGREEMENT\n\nA stand-in for tests.\n"
+    )
+    common = dict(
+        model=CONFIG,
+        data=AnswerRows(VerifiableTasks((("addition", 1),)), sequence_length=48, batch_size=4),
+        objective=NextToken(),
+        optimizer=Optimizer("sgd", Schedule(1e-3, "constant", 0)),
+        run_config=RunConfig(steps=1, loggers=("jsonl",)),
+    )
+    tune = TrainStage(name="tune", initial="load", reads=("load",), **common)
+    teacher = (FrozenModel("teacher", CONFIG, "tune"),)
+    student = TrainStage(name="student", frozen=teacher, reads=("tune",), **common)
+    fresh = TrainStage(name="fresh", **common)
+    said = run(tmp_path / "run", LoadWeights("load", str(folder), CONFIG), tune, student, fresh)
+    assert any("Llama Materials (LICENSE is that of Llama 4)" in line for line in said)
+    for name in ("tune", "student"):
+        place = tmp_path / "run" / name
+        assert main(["convert", str(place), str(tmp_path / f"my-{name}")]) == 2
+        assert "begin with 'Llama'" in capsys.readouterr().err
+        target = tmp_path / f"Llama-{name}"
+        assert main(["convert", str(place), str(target)]) == 0
+        assert (target / "LICENSE").read_text().startswith("LLAMA 4") and (
+            target / "Notice"
+        ).exists()
+        assert_same_kind(jaxherd.load(target))
+    assert main(["convert", str(tmp_path / "run" / "fresh"), str(tmp_path / "my-fresh")]) == 0
+    assert not (tmp_path / "my-fresh" / "Notice").exists()
+
+
+def assert_same_kind(module):
+    assert flatten(split(module)[1]).keys() == flatten(split(policy())[1]).keys()
