@@ -74,7 +74,8 @@ def threshold_at(harmless: Float[np.ndarray, " N"], false_positive_rate: float) 
       harmless: scores of texts that should pass, from 0 to 1.
       false_positive_rate: above 0 and below 1.
     Raises:
-      JaxherdError: too few scores for such a rate: one false positive would be more than it.
+      JaxherdError: too few scores for such a rate (one false positive would be more than it), or too
+        many that are 1.
     """
     if not 0 < false_positive_rate < 1:
         raise JaxherdError(f"a false-positive rate of {false_positive_rate} is none.")
@@ -86,8 +87,13 @@ def threshold_at(harmless: Float[np.ndarray, " N"], false_positive_rate: float) 
         )
     allowed = math.floor(false_positive_rate * len(harmless))
     ranked = np.sort(np.asarray(harmless, np.float64))[::-1]
+    if ranked[allowed] >= 1:
+        raise JaxherdError(
+            f"more than {false_positive_rate:g} of the harmless texts have the score 1, so that no "
+            "threshold lets them pass: train the guard for longer, or on more like them."
+        )
     # Just above the first score that must pass; equal scores pass or fall together.
-    return float(min(np.nextafter(ranked[allowed], 2.0), 1.0))
+    return float(np.nextafter(ranked[allowed], 2.0))
 
 
 def area_under_curve(harmful: Sequence[float], harmless: Sequence[float]) -> float:
@@ -103,7 +109,8 @@ def measured(
 ) -> dict[str, Any]:
     """Return recall, false-positive rate (with 95 % Wilson intervals) and AUC at the guard's threshold."""
     harmful = np.array([bool(text.labels) for text in texts])
-    vetoed = scores >= guard.threshold
+    # Wide: a threshold just above a score is that score in float32.
+    vetoed = scores.astype(np.float64) >= guard.threshold
     hits, alarms = int(vetoed[harmful].sum()), int(vetoed[~harmful].sum())
     return {
         "harmful": int(harmful.sum()),

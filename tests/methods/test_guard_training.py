@@ -99,6 +99,8 @@ def test_thresholds():
         threshold_at(scores[:99], 0.01)
     with pytest.raises(JaxherdError, match="is none"):
         threshold_at(scores, 0.0)
+    with pytest.raises(JaxherdError, match="have the score 1"):
+        threshold_at(np.ones(100), 0.01)
     assert area_under_curve([0.9, 0.8], [0.1, 0.2]) == 1.0
     assert area_under_curve([0.5], [0.5, 0.5]) == 0.5
     assert area_under_curve([0.9, 0.1], [0.5]) == 0.5
