@@ -104,8 +104,8 @@ def _run_stages(
         )
         if is_main:
             # Before the first checkpoint: one that a killed run leaves is known for what it is.
-            given = [*context.artifacts.values(), *provenance.given_folders(stage)]
-            provenance.inherit(folder, given)
+            sources = [*context.artifacts.values(), *provenance.given_folders(stage)]
+            provenance.inherit(folder, sources)
         summaries[stage.name] = dict(stage.run(context))
         if is_main:
             finish(folder, summaries[stage.name])

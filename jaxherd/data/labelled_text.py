@@ -151,7 +151,7 @@ class LabelledBatches:
         labels = np.array([label in text.labels for label in self.labels], np.float32)
         windows = self.ngrams.windows(text.text)
         return [
-            {"ngrams": numbers, "labels": labels, "loss_weights": np.float32(1)}
+            {"ngrams": numbers, "labels": labels, "loss_weights": np.array(1, np.float32)}
             for numbers in self.ngrams.numbers(windows)
         ]
 

@@ -104,7 +104,7 @@ class TextModel:
                 rolling(self._tokenizer.encode(text), self._begin, self.longest) for text in asked
             ]
             scores = iter(self._scorer.score([span for spans in cut for span in spans]))
-            return [sum(next(scores).log_prob for _ in spans) for spans in cut]
+            return [float(sum(next(scores).log_prob for _ in spans)) for spans in cut]
 
         return [float(x) for x in self._answered("rolling", texts, scored, len)]
 

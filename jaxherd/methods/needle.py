@@ -90,8 +90,8 @@ def cache_bytes(module: Any, length: int) -> int:
     """Return the bytes of the cache that generation to `length` tokens holds."""
     config = module.config
     capacity = min(bucket(length, 128), config.max_length)
-    cache = abstract(lambda m: m.init_cache(1, capacity), module)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    leaves = abstract(lambda m: jax.tree.leaves(m.init_cache(1, capacity)), module)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def check_lengths(module: Any, lengths: Sequence[int], free: int | None = None) -> None:

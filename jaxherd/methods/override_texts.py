@@ -97,7 +97,7 @@ class OverrideTexts:
       seed: of the choice.
     """
 
-    per_split: int = 2000
+    per_split: int = 1600
     seed: int = 0
 
     def __post_init__(self):
@@ -138,11 +138,12 @@ class OverrideTexts:
 
 
 def _sentences(split: str) -> list[str]:
-    """Return sentences of Python's reference; a topic lies in one split whole."""
-    found: dict[str, None] = {}
+    """Return sentences of Python's reference; one that both splits' topics have is for training."""
+    found: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for document in python_topics():
-        if is_heldout(document.source, document.path, 0.4) != (split == "heldout"):
-            continue
+        heldout = is_heldout(document.source, document.path, 0.4)
         for paragraph in document.text.split("\n\n"):
-            found.update(dict.fromkeys(_SENTENCE.findall(" ".join(paragraph.split()))))
-    return list(found)
+            found[heldout].update(dict.fromkeys(_SENTENCE.findall(" ".join(paragraph.split()))))
+    if split == "train":
+        return list(found[False])
+    return [sentence for sentence in found[True] if sentence not in found[False]]

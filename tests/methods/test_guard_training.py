@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,9 +74,9 @@ def test_it_learns_what_it_has_not_seen(trained):
 def test_the_loss_by_hand():
     module = MODEL.build(jax.random.key(1))
     batch = {
-        "ngrams": NGRAMS.numbers(["one text", "another", ""]),
-        "labels": np.array([[1.0], [0.0], [0.0]], np.float32),
-        "loss_weights": np.array([1.0, 1.0, 0.0], np.float32),
+        "ngrams": jnp.asarray(NGRAMS.numbers(["one text", "another", ""])),
+        "labels": jnp.array([[1.0], [0.0], [0.0]]),
+        "loss_weights": jnp.array([1.0, 1.0, 0.0]),
     }
     loss, metrics = MultiLabel(smoothing=0.1)(module, batch, jax.random.key(0))
     p = 1 / (1 + np.exp(-np.asarray(module(batch["ngrams"]), np.float64)[:2, 0]))

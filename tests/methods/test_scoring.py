@@ -1,7 +1,5 @@
 """Scores of spans equal a plain forward pass, whatever the batch and the windows."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,12 +7,12 @@ from hypothesis import strategies as st
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.methods.scoring import Span, SpanScorer, continuation, rolling
-from tests.methods.tiny_policy import policy
+from tests.methods.tiny_policy import log_probs, policy
 
 
 def plain(tokens, scored):
     """Return (sum of log p, greedy) by a forward pass over this very row."""
-    log_p = np.asarray(jax.nn.log_softmax(policy()(jnp.asarray([tokens]))[0]), np.float64)
+    log_p = log_probs(tokens)
     places = range(len(tokens) - scored - 1, len(tokens) - 1)
     total = sum(log_p[place, tokens[place + 1]] for place in places)
     return total, all(log_p[place].argmax() == tokens[place + 1] for place in places)
@@ -29,20 +27,24 @@ def spans():
     # One that the model would have said itself.
     tokens = [5, 6, 7]
     for _ in range(4):
-        logits = policy()(jnp.asarray([tokens]))[0, -1]
-        tokens.append(int(logits.argmax()))
+        tokens.append(int(log_probs(tokens)[-1].argmax()))
     return [*made, Span(tuple(tokens), 4), Span((*tokens[:-1], (tokens[-1] + 1) % 256), 4)]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_equal_to_a_plain_forward(spans, rows):
+def test_equal_to_a_plain_forward(spans):
     told = []
-    found = SpanScorer(policy(), rows).score(spans, report=lambda *given: told.append(given))
+    scorer = SpanScorer(policy(), rows=4)
+    found = scorer.score(spans, report=lambda *given: told.append(given))
     for span, score in zip(spans, found):
         total, greedy = plain(list(span.tokens), span.scored)
         assert score.log_prob == pytest.approx(total, abs=1e-4)
         assert score.greedy == greedy
     assert [score.greedy for score in found[-2:]] == [True, False]
+    again = scorer.score(spans[::-1][:5])
+    assert [s.greedy for s in again] == [s.greedy for s in found[::-1][:5]]
+    np.testing.assert_allclose(
+        [s.log_prob for s in again], [s.log_prob for s in found[::-1][:5]], atol=1e-4
+    )
     assert told[0] == ("texts scored", 0, len(spans)) and told[-1][1] == len(spans)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxherd
+from jaxherd.cli.main import main
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment
 from jaxherd.core.layouts import Layout
@@ -98,41 +99,28 @@ def test_the_text_part_of_a_multimodal_source(vision_golden, tmp_path):
 
 
 def test_materials_are_known_through_training(source, tmp_path, capsys):
-    """Fine-tuned, and distilled from: both are derivatives, and their exports say so."""
-    from jaxherd.cli.main import main
-    from jaxherd.training.stage import FrozenModel
-
+    """What was fine-tuned from them is a derivative, and its exports say so."""
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     (folder / "LICENSE").write_text(
         "LLAMA 4 COMMUNITY LICENSE AGREEMENT\n\nA stand-in for tests.\n"
     )
-    common = dict(
+    tune = TrainStage(
+        name="tune",
         model=CONFIG,
         data=AnswerRows(VerifiableTasks((("addition", 1),)), sequence_length=48, batch_size=4),
         objective=NextToken(),
         optimizer=Optimizer("sgd", Schedule(1e-3, "constant", 0)),
         run_config=RunConfig(steps=1, loggers=("jsonl",)),
+        initial="load",
+        reads=("load",),
     )
-    tune = TrainStage(name="tune", initial="load", reads=("load",), **common)
-    teacher = (FrozenModel("teacher", CONFIG, "tune"),)
-    student = TrainStage(name="student", frozen=teacher, reads=("tune",), **common)
-    fresh = TrainStage(name="fresh", **common)
-    said = run(tmp_path / "run", LoadWeights("load", str(folder), CONFIG), tune, student, fresh)
+    said = run(tmp_path / "run", LoadWeights("load", str(folder), CONFIG), tune)
     assert any("Llama Materials (LICENSE is that of Llama 4)" in line for line in said)
-    for name in ("tune", "student"):
-        place = tmp_path / "run" / name
-        assert main(["convert", str(place), str(tmp_path / f"my-{name}")]) == 2
+    for place in (tmp_path / "run" / "tune", tmp_path / "run"):
+        assert main(["convert", str(place), str(tmp_path / "mine")]) == 2
         assert "begin with 'Llama'" in capsys.readouterr().err
-        target = tmp_path / f"Llama-{name}"
-        assert main(["convert", str(place), str(target)]) == 0
-        assert (target / "LICENSE").read_text().startswith("LLAMA 4") and (
-            target / "Notice"
-        ).exists()
-        assert_same_kind(jaxherd.load(target))
-    assert main(["convert", str(tmp_path / "run" / "fresh"), str(tmp_path / "my-fresh")]) == 0
-    assert not (tmp_path / "my-fresh" / "Notice").exists()
-
-
-def assert_same_kind(module):
-    assert flatten(split(module)[1]).keys() == flatten(split(policy())[1]).keys()
+    target = tmp_path / "Llama-mine"
+    assert main(["convert", str(tmp_path / "run"), str(target)]) == 0
+    assert (target / "LICENSE").read_text().startswith("LLAMA 4") and (target / "Notice").exists()
+    assert jaxherd.load(target).config == CONFIG

@@ -7,7 +7,6 @@ Axis letters: W windows, C classes.
 """
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -56,9 +55,7 @@ class ClassifierGuard:
         Raises:
           JaxherdError: a threshold outside of its range.
         """
-        if not (
-            isinstance(threshold, int | float) and math.isfinite(threshold) and 0 < threshold <= 1
-        ):
+        if not 0 < threshold <= 1:
             raise JaxherdError(f"{name}: threshold={threshold} must be above 0 and up to 1.")
         self.module, self.threshold, self.name = module, float(threshold), name
         self.calibration = dict(calibration or {})
@@ -83,9 +80,13 @@ class ClassifierGuard:
         if not isinstance(module, NgramClassifier):
             raise JaxherdError(f"{str(path)!r} holds a {type(module).__name__} and no classifier.")
         name, calibration = entries.get("name", path.name), entries.get("calibration", {})
-        if not isinstance(name, str) or not isinstance(calibration, Mapping):
-            raise JaxherdError(f"{str(path / FILE)!r}: name must be a text, calibration an object.")
-        return cls(module, entries.get("threshold", math.nan), name=name, calibration=calibration)
+        threshold = entries.get("threshold")
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not number or not isinstance(name, str) or not isinstance(calibration, Mapping):
+            raise JaxherdError(
+                f"{str(path / FILE)!r}: threshold must be a number, name a text, calibration an object."
+            )
+        return cls(module, float(threshold), name=name, calibration=calibration)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the guard to a new folder, whole or not at all; errors as of `jaxherd.save`."""
