@@ -37,7 +37,7 @@ def tasks(
 
     Example: jaxherd evaluate smollm2-135m-instruct --tasks local_addition local_reference
 
-    The tasks local_addition, local_reference and local_spelling are made here and need no network; others
+    The tasks local_addition, local_reference and local_copy are made here and need no network; others
     are the harness's own, or those of a folder with its YAML files.
 
     Args:

@@ -180,6 +180,11 @@ class CalibrateGuard:
             f"{figures['false_positive_rate']:.4f} (allowed {self.false_positive_rate:g}), AUC "
             f"{figures['auc']:.4f}; use it with --guard {folder}"
         )
+        for name, told in PROMPT_GUARD_2:
+            context.say(
+                f"published, on other texts: {name} recall {told['recall']:g} at "
+                f"{told['false_positive_rate']:g}, AUC {told['auc']:g} ({PROMPT_GUARD_SOURCE})"
+            )
         return {
             key: value for key, value in guard.calibration.items() if not isinstance(value, list)
         } | {"threshold": threshold}

@@ -9,6 +9,7 @@ used.  Texts become tokens as the harness's own models make them:
 - a context that is too long loses its beginning.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -219,7 +220,9 @@ def require_harness() -> Any:
     Raises:
       MissingExtraError: it is not installed.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Bars and notes of libraries, beside our own.
+    for name, value in (("TQDM_DISABLE", "1"), ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")):
+        os.environ.setdefault(name, value)
     try:
         import lm_eval
         import lm_eval.evaluator
@@ -283,6 +286,7 @@ def run_tasks(
       JaxherdError: no such task, data that cannot be had, or a task that fails.
     """
     harness = require_harness()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = harness.tasks.TaskManager(include_path=[str(path) for path in include] or None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown or not tasks:

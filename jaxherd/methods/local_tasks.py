@@ -2,7 +2,7 @@
 
     local_addition    multiple choice   sums of two numbers below 100, four answers
     local_reference   rolling           Python's own language reference, in bits a byte
-    local_spelling    generation        the letters of a word of that reference, one by one
+    local_copy        generation        three words of that reference, said again
 
 They tell whether a model and the harness work together, and little about anything else: nobody publishes
 figures for them.
@@ -19,7 +19,7 @@ import numpy as np
 from jaxherd.core.errors import JaxherdError
 from jaxherd.data.corpus import is_heldout, python_topics
 
-TASKS = ("local_addition", "local_reference", "local_spelling")
+TASKS = ("local_addition", "local_reference", "local_copy")
 _DOCUMENTS, _CHARACTERS = 100, 2000
 
 _COMMON = """task: {name}
@@ -47,7 +47,7 @@ metric_list:
   - metric: bits_per_byte
   - metric: byte_perplexity
 """,
-    "local_spelling": """output_type: generate_until
+    "local_copy": """output_type: generate_until
 fewshot_split: test
 doc_to_text: "{{question}}"
 doc_to_target: "{{answer}}"
@@ -55,6 +55,12 @@ generation_kwargs:
   until: ["\\n"]
   max_gen_toks: 32
   do_sample: false
+filter_list:
+  - name: strip
+    filter:
+      - function: regex
+        regex_pattern: '^\\s*(.*?)\\s*$'
+      - function: take_first
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -93,11 +99,10 @@ def documents(name: str) -> list[dict[str, Any]]:
     if name == "local_reference":
         long = [d.text for d in topics if len(d.text) >= _CHARACTERS // 2]
         return [{"text": text[:_CHARACTERS]} for text in long[:_DOCUMENTS]]
-    words = sorted({w for d in topics for w in re.findall(r"\b[a-z]{5,9}\b", d.text)})
-    chosen = random.permutation(len(words))[:_DOCUMENTS]
-    return [
-        {"question": f"Spell the word {words[i]}:", "answer": "-".join(words[i])} for i in chosen
-    ]
+    words = sorted({w for d in topics for w in re.findall(r"\b[a-z]{4,9}\b", d.text)})
+    chosen = random.permutation(len(words))[: 3 * _DOCUMENTS].reshape(-1, 3)
+    threes = [" ".join(words[i] for i in row) for row in chosen]
+    return [{"question": f"Say again: {three}\nAgain:", "answer": three} for three in threes]
 
 
 def _sum(random: np.random.Generator) -> dict[str, Any]:

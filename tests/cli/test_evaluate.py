@@ -99,7 +99,7 @@ def test_tasks_end_to_end(capsys, folder, tmp_path):
     pytest.importorskip("lm_eval")
     out_file = tmp_path / "results.json"
     status, out, _ = call(
-        capsys, folder, "--tasks", "local_addition", "local_spelling", "--limit", "3", "--shots", "2",
+        capsys, folder, "--tasks", "local_addition", "local_copy", "--limit", "3", "--shots", "2",
         "--out", out_file, "--cache", tmp_path / "cache.jsonl",
     )  # fmt: skip
     assert status == 0 and "local_addition" in out and "this run" in out

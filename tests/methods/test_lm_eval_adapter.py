@@ -164,7 +164,7 @@ def test_the_harness_runs_real_tasks(tmp_path):
     assert results["local_reference"]["bits_per_byte,none"] == pytest.approx(
         nats / np.log(2) / size
     )
-    assert results["local_spelling"]["exact_match,none"] == 0.0
+    assert results["local_copy"]["exact_match,strip"] == 0.0
     right = 0
     for one in local_tasks.documents("local_addition")[:4]:
         scores = [model.loglikelihood([(one["question"], f" {c}")])[0][0] for c in one["choices"]]
