@@ -260,13 +260,17 @@ def draw(path: Path, grid: NeedleGrid, table: Float[np.ndarray, "D L"], model: s
 
     order = np.argsort(grid.lengths), np.argsort(grid.depths)
     table = table[order[1]][:, order[0]]
-    figure, axes = new_figure(1.6 + 0.9 * len(grid.lengths), 1.6 + 0.45 * len(grid.depths))
+    figure, axes = new_figure(
+        max(4.2, 1.6 + 0.9 * len(grid.lengths)), max(2.6, 1.6 + 0.45 * len(grid.depths))
+    )
     axes.grid(False)
     image = axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for (row, column), share in np.ndenumerate(table):
-        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=8)
+        # The scale is dark at both of its ends.
+        ink = "black" if 0.2 < share < 0.8 else "white"
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(grid.lengths)), [f"{grid.lengths[i]:,}" for i in order[0]])
     axes.set_yticks(range(len(grid.depths)), [f"{grid.depths[i]:.0%}" for i in order[1]])
-    axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"needles found, {model}")
+    axes.set(xlabel="tokens", ylabel="depth of the needle", title=f"needles found\n{model}")
     figure.colorbar(image, ax=axes, label=f"share of {grid.needles}")
     figure.savefig(path)
