@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_it_goes_on_where_it_stopped(tmp_path):
         return weak(messages)
 
     def run(folder, **changes):
-        options = dict(turns=2, folder=folder, about="weak") | changes
+        options: dict[str, Any] = dict(turns=2, folder=folder, about="weak") | changes
         return attack(GOALS, ScriptedAttacker(), counting, PhraseJudge(), **options)
 
     wanted = run(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,7 @@ class Reader:
     """Stands in for a model that reads the first part of a text only: it knows what it should say."""
 
     reach = 250
+    asked = 0
 
     def __init__(self, module, tokenizer, stop_ids=None):
         self.tokenizer = tokenizer
@@ -124,10 +126,11 @@ def test_right_answers():
 
 
 def test_wrong_grids():
-    for wrong in (
+    wrongs: list[dict[str, Any]] = [
         dict(lengths=()), dict(lengths=(100, 100)), dict(lengths=(10,)), dict(lengths=(100,), depths=(2.0,)),
         dict(lengths=(100,), needles=0),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(JaxherdError):
             NeedleGrid(**wrong)
     assert (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,6 +118,9 @@ def test_counts():
     for change in ({"labels": ()}, {"labels": ("a", "a")}, {"width": 0}):
         with pytest.raises(JaxherdError):
             dataclasses.replace(CONFIG, **change)
-    for wrong in (dict(sizes=()), dict(sizes=(300,)), dict(buckets=1), dict(stride=0)):
+    wrongs: list[dict[str, Any]] = [
+        dict(sizes=()), dict(sizes=(300,)), dict(buckets=1), dict(stride=0),
+    ]  # fmt: skip
+    for wrong in wrongs:
         with pytest.raises(JaxherdError):
             NgramConfig(**wrong)
