@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LINE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/$(LINE).txt
 
-.PHONY: demo test lint types floors install install-dev wheel test-slow test-oracle test-gpu-compile test-tpu-compile-full clean
+.PHONY: demo test lint types floors install install-dev wheel test-slow test-oracle test-harness test-gpu-compile test-tpu-compile-full clean
 
 demo: install
 	$(BIN)/jaxherd run llama4/scout --on cpu
@@ -43,6 +43,10 @@ test-slow:
 # Needs another environment with torch and transformers: each generator under tests/golden/ names what it needs.
 test-oracle:
 	$(BIN)/pytest -q -m oracle
+
+# Needs jaxherd[eval], which is not part of install-dev: it is large.
+test-harness:
+	$(BIN)/pytest -q -m harness
 
 test-gpu-compile:
 	$(BIN)/pytest -q -m gpu_compile

@@ -42,10 +42,10 @@ def main(
     music = published_folder(source)
     if music is not None:
         return _music(str(music), folder, to, dtype)
-    materials, licences, texts = materials_of(source), [], {}
+    materials = materials_of(source)
     if materials is not None:
+        # `save` asks again; here it is told before the weights are read.
         materials.check_export(folder.resolve().name)
-        licences, texts = materials.files()
     companions, has_tokenizer = companion_files(source)
     tokenizer = None if has_tokenizer else _tokenizer(source)
     module = jaxherd.load(source, dtype=dtype)
@@ -55,8 +55,8 @@ def main(
         format=to,
         tokenizer=tokenizer,
         generation=generation_defaults(source),
-        companions=[*companions, *licences],
-        texts=texts,
+        companions=companions,
+        derived_from=[source],
     )
     beside = " and the tokenizer" if has_tokenizer or tokenizer is not None else ""
     print(f"wrote {module.config.num_params():,} parameters{beside} to {folder}")

@@ -27,6 +27,7 @@ def main(
     max_tiles: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
     tokenizer: Path | None = None,
+    guard: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     on: str = "cpu",
 ) -> int:
     """Continue a prompt, or answer it when the model is a chat model; text streams as it comes.
@@ -51,8 +52,13 @@ def main(
         max_tiles: an image is cut into at most so many tiles.
         dtype: of the weights; the source's own if not given.
         tokenizer: file or folder, if the source has none.
+        guard: "builtin", a .toml or .json file of rules, or the folder of a trained guard; may be
+            given several times.  What it vetoes is not shown, and the exit status is 3.
         on: cpu, gpu or tpu.
     """
+    from jaxherd.inference.guards import load_guards
+
+    guards = load_guards(guard)
     common.local_devices(on)
     import jaxherd
     from jaxherd.data.chat import can_chat, encode_chat
@@ -85,11 +91,13 @@ def main(
     # Without images the tower need not be read.
     module = jaxherd.load(source, dtype=dtype, text_only=not image)
     stop_ids = defaults.eos_ids or words.stop_ids
-    generator = Generator(module, words, stop_ids=stop_ids)
+    generator = Generator(module, words, stop_ids=stop_ids, guard=guards)
     request = Request(tuple(tokens), max_new_tokens, sampling, seed, tuple(stop), tiles)
-    for piece in generator.stream(request):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for piece in generator.stream(request):
+            print(piece, end="", flush=True)
+    finally:
+        print()
     return 0
 
 

@@ -16,12 +16,13 @@ VERBS = {
     "claims": "the papers' claims: what was tried, and what came out",
     "generate": "continue a prompt with a model",
     "serve": "a model behind OpenAI's HTTP API, many requests at once",
+    "evaluate": "tasks, needles in a haystack, attacks and refusals of a language model",
     "music": "generate, edit, encode and decode music",
     "convert": "convert a model between formats",
     "launch": "run an experiment on a TPU slice in the cloud",
 }
 # Verbs that go on where they were stopped when they are called again.
-RESUMED = ("run", "claims")
+RESUMED = ("run", "claims", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +67,9 @@ def _call(verb: str, given: list[str]) -> int:
 
     prog = f"jaxherd {verb}"
     if hasattr(module, "VERBS"):
+        default = getattr(module, "DEFAULT", None)
+        if default and given and given[0] not in module.VERBS and not given[0].startswith("-"):
+            given = [default, *given]
         return tyro.extras.subcommand_cli_from_dict(module.VERBS, prog=prog, args=given) or 0
     return tyro.cli(module.main, prog=prog, args=given) or 0
 

@@ -34,6 +34,7 @@ def main(
     warm_up: bool = True,
     dtype: Literal["float32", "bfloat16"] | None = None,
     tokenizer: Path | None = None,
+    guard: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     on: str = "cpu",
 ) -> int:
     """Serve a model over HTTP, as OpenAI's chat and text completions; many requests at once.
@@ -73,8 +74,11 @@ def main(
         warm_up: compile the commonest programs before the first request.
         dtype: of the weights; the source's own if not given.
         tokenizer: file or folder, if the source has none.
+        guard: "builtin", a .toml or .json file of rules, or the folder of a trained guard; may be
+            given several times.  What it vetoes ends with finish_reason "content_filter".
         on: cpu, gpu or tpu.
     """
+    from jaxherd.inference.guards import load_guards
     from jaxherd.inference.server import access
     from jaxherd.inference.server.limits import Limits
     from jaxherd.inference.server.run import HttpServer, require_http
@@ -93,6 +97,7 @@ def main(
         request_seconds=request_seconds,
         connections=slots + queue + 256,
     )
+    guards = load_guards(guard)
     keys = access.read_keys(api_key_file, os.environ.get("JAXHERD_API_KEY"))
     # What can be wrong about the address is told before the model is loaded.
     listener = access.listen(host, port, has_keys=bool(keys), allow_open=allow_open)
@@ -108,7 +113,7 @@ def main(
         server = _server(
             HttpServer, engine, name or _name(source), limits, defaults, listener, keys,
             access.Hosts.of(listener, open=bool(keys) or allow_open, extra=allow_host),
-            grace_seconds,
+            grace_seconds, guards,
         )  # fmt: skip
         before = engine.counters()
         asks = "with an API key" if keys else "without an API key"
@@ -118,6 +123,8 @@ def main(
         listener.close()
     engine.check()
     after = engine.counters()
+    if server.guarding is not None:
+        print(_guard_line(server.guarding), flush=True)
     print(
         f"stopped: {after.finished - before.finished} answers finished, {after.cancelled} "
         f"cancelled, {after.new_tokens - before.new_tokens} tokens chosen, "
@@ -166,11 +173,21 @@ def _warm_up(engine: Any) -> None:
     engine.run([Request((0,) * min(17, engine.max_length - 2), 2)])
 
 
-def _server(kind, engine, name, limits, defaults, listener, keys, hosts, grace_seconds):
+def _guard_line(guarding: Any) -> str:
+    c = guarding.counts
+    return (
+        f"guard {guarding.guard.name}: vetoed {c.vetoed_prompts} of {c.prompts} prompts and "
+        f"{c.vetoed_answers} of {c.answers} answers."
+    )
+
+
+def _server(kind, engine, name, limits, defaults, listener, keys, hosts, grace_seconds, guard):
     from jaxherd.inference.server.engine_thread import EngineThread
     from jaxherd.inference.server.service import Service
 
-    service = Service(EngineThread(engine), name=name, limits=limits, defaults=defaults)
+    service = Service(
+        EngineThread(engine), name=name, limits=limits, defaults=defaults, guard=guard
+    )
     return kind(service, listener, keys=keys, hosts=hosts, grace_seconds=grace_seconds)
 
 

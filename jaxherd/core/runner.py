@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxherd.core import provenance
 from jaxherd.core.errors import JaxherdError, StorageError
 from jaxherd.core.experiment import (
     Experiment,
@@ -101,6 +102,10 @@ def _run_stages(
             say=say,
             **given,
         )
+        if is_main:
+            # Before the first checkpoint: one that a killed run leaves is known for what it is.
+            sources = [*context.artifacts.values(), *provenance.given_folders(stage)]
+            provenance.inherit(folder, sources)
         summaries[stage.name] = dict(stage.run(context))
         if is_main:
             finish(folder, summaries[stage.name])

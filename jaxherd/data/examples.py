@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.data.prompt_format import Prompt
-from jaxherd.data.sources import resolve
+from jaxherd.data.sources import beside, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,10 @@ class ExampleFile:
             raise JaxherdError(
                 f"heldout_fraction={self.heldout_fraction} must lie from 0 to below 1."
             )
+
+    def provenance_folders(self) -> list[pathlib.Path]:
+        """Return the folder of a file of the user's: answers of a model have that model's origin."""
+        return [] if self.stage is not None else beside(self.path)
 
     def examples(self, split: str, folder: pathlib.Path | None = None) -> list[Example]:
         """Read the lines of one split.

@@ -86,6 +86,14 @@ def resolve(
     return path.absolute()
 
 
+def beside(source: str) -> list[pathlib.Path]:
+    """Return the folder of a file on this machine; none of what lies elsewhere or is not there."""
+    if scheme_of(source) != "file" or source.lower().startswith("file://"):
+        return []
+    path = pathlib.Path(source).expanduser()
+    return [path.absolute().parent] if path.is_file() else []
+
+
 def _resolve_hf(source: str, cache: pathlib.Path) -> pathlib.Path:
     match = _HF.fullmatch(source)
     if match is None:

@@ -15,8 +15,19 @@ import numpy as np
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.inference import steps
+from jaxherd.inference.guards.guard import Conversation, Guard
+from jaxherd.inference.guards.held_text import HeldText
 from jaxherd.inference.images import PromptImages, check_images
-from jaxherd.inference.requests import Request, Result, Row, bucket, row_keys, stop_tokens
+from jaxherd.inference.requests import (
+    GuardVeto,
+    Request,
+    Result,
+    Row,
+    bucket,
+    row_keys,
+    stop_tokens,
+    withheld,
+)
 from jaxherd.inference.sampling import RowSampling, Sampling
 from jaxherd.inference.serving_form import serving_form
 from jaxherd.models.decoder import Decoder
@@ -38,6 +49,7 @@ class Generator:
         decode_steps: int = 16,
         dtype: Any = None,
         prepare: bool = True,
+        guard: Guard | None = None,
     ):
         """Prepare a model.
 
@@ -51,16 +63,20 @@ class Generator:
           dtype: of the weights, see `serving_form`.
           prepare: bring the model into the form that decodes fastest here, which copies it and
             takes longer to compile; False serves it as it is.
+          guard: judges the text of prompts and answers; needs a tokenizer.  What it vetoes has the
+            reason "content_filter" and neither tokens nor text.
         Raises:
-          JaxherdError: a number below 1, or too many stop tokens.
+          JaxherdError: a number below 1, too many stop tokens, or a guard without a tokenizer.
         """
         for name, value in (("prefill_chunk", prefill_chunk), ("decode_steps", decode_steps)):
             if value < 1:
                 raise JaxherdError(f"{name} must be at least 1, got {value}.")
+        if guard is not None and tokenizer is None:
+            raise JaxherdError("a guard reads text: give a tokenizer as well.")
         self.stop_ids, self._stop_S = stop_tokens(stop_ids, tokenizer)
         if prepare:
             module = serving_form(module, dtype=dtype)
-        self.module, self.tokenizer = module, tokenizer
+        self.module, self.tokenizer, self.guard = module, tokenizer, guard
         self.max_length = min(max_length or module.config.max_length, module.config.max_length)
         self.prefill_chunk, self.decode_steps = prefill_chunk, decode_steps
 
@@ -73,12 +89,18 @@ class Generator:
         return [result for result in results if result is not None]
 
     def stream(self, request: Request, *, key: jax.Array | None = None) -> Iterator[str]:
-        """Yield pieces of text as they become certain; needs a tokenizer."""
+        """Yield pieces of text as they become certain; needs a tokenizer.
+
+        Raises:
+          GuardVeto: the guard vetoes the prompt, or what of the answer was not shown yet.
+        """
         if self.tokenizer is None:
             raise JaxherdError("streaming text needs a tokenizer.")
-        for _, _, text, _ in self._events([request], key):
+        for _, _, text, result in self._events([request], key):
             if text:
                 yield text
+            if result is not None and result.veto is not None:
+                raise GuardVeto(result.veto)
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise JaxherdError if a request cannot be served; nothing is compiled."""
@@ -93,6 +115,43 @@ class Generator:
     ) -> Iterator[tuple[int, list[int], str, Result | None]]:
         """Yield (row, new tokens, new text, result once the row has ended)."""
         self.check(requests)
+        guard = self.guard
+        if guard is None:
+            yield from self._decoded(requests, key)
+            return
+        asked = [self._conversation(request) for request in requests]
+        verdicts = [guard.pre(conversation) for conversation in asked]
+        for row, verdict in enumerate(verdicts):
+            if verdict.vetoed:
+                yield row, [], "", withheld(verdict.sentence("prompt"))
+        left = [row for row, verdict in enumerate(verdicts) if not verdict.vetoed]
+        held = {row: HeldText(guard, asked[row]) for row in left}
+        ended: set[int] = set()
+        for number, new, text, result in self._decoded([requests[row] for row in left], key):
+            row = left[number]
+            if row in ended:
+                continue
+            shown = held[row].push(text)
+            if result is not None and not held[row].vetoed:
+                shown += held[row].finish()
+            verdict = held[row].verdict
+            if held[row].vetoed and verdict is not None:
+                ended.add(row)
+                new, shown, result = [], "", withheld(verdict.sentence("answer"))
+            yield row, new, shown, result
+            if len(ended) == len(left):
+                return
+
+    def _conversation(self, request: Request) -> Conversation:
+        """Return a prompt as the guard reads it: the text that the model sees."""
+        return [{"role": "user", "content": self.tokenizer.decode(request.tokens)}]
+
+    def _decoded(
+        self, requests: Sequence[Request], key: jax.Array | None
+    ) -> Iterator[tuple[int, list[int], str, Result | None]]:
+        """Yield events of checked requests that may run."""
+        if not requests:
+            return
         rows = [Row(request, self.tokenizer, self.stop_ids) for request in requests]
         keys = row_keys(key, [request.seed for request in requests])
         sampling = RowSampling.create([request.sampling for request in requests], keys)
@@ -157,6 +216,8 @@ def generate(
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
     images: Any = None,
+    tokenizer: Any = None,
+    guard: Guard | None = None,
 ) -> Any:
     """Return the tokens that continue the prompts.
 
@@ -170,8 +231,12 @@ def generate(
       images: tiles [N, Y, X, C] with colours in [-1, 1] that fill the placeholders of one prompt in
         order (`jaxherd.data.images` makes both); for several prompts a list with the tiles, or
         None, of each.
+      tokenizer: for the guard.
+      guard: judges prompts and answers (`jaxherd.inference.guards`); prompts that it vetoes do not
+        reach the model.
     Returns:
-      The new tokens, without the prompt: a list for one prompt, a list of lists for several.
+      The new tokens, without the prompt: a list for one prompt, a list of lists for several.  It is
+      empty where the guard vetoed, and never otherwise.
     Raises:
       JaxherdError: a prompt that is empty, holds no tokens of the model, or is too long; images
         that do not fit the model or the prompt.
@@ -184,7 +249,7 @@ def generate(
         for row, prompt in enumerate(prompts)
     ]
     # For one call the faster form would take longer to compile than it saves.
-    generator = Generator(module, stop_ids=stop_ids, prepare=False)
+    generator = Generator(module, tokenizer, stop_ids=stop_ids, prepare=False, guard=guard)
     found = [result.tokens for result in generator.run(requests, key=key)]
     return found[0] if single else found
 

@@ -66,12 +66,26 @@ class Result:
     Attributes:
       tokens: chosen, the one that stopped the row included.
       text: of them, without a stop string; None without a tokenizer.
-      reason: "stop" (token or string), "length" or "cancelled".
+      reason: "stop" (token or string), "length", "cancelled", or "content_filter" where a guard
+        vetoed; then there are neither tokens nor text.
+      veto: the guard's sentence.
     """
 
     tokens: list[int]
     text: str | None
     reason: str
+    veto: str | None = None
+
+
+class GuardVeto(JaxherdError):
+    """A guard vetoed a prompt or an answer."""
+
+    exit_status = 3
+
+
+def withheld(sentence: str) -> Result:
+    """Return the result of a prompt or answer that a guard vetoed."""
+    return Result([], "", "content_filter", sentence)
 
 
 @dataclasses.dataclass(frozen=True)

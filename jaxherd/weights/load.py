@@ -23,7 +23,7 @@ from jaxherd.weights.assemble import assemble, decoder_placements
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
 from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
 from jaxherd.weights.hf_config import architecture_of, read_config
-from jaxherd.weights.licence import LlamaMaterials, llama_materials
+from jaxherd.weights.licence import LlamaMaterials, llama_materials, remember
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
 from jaxherd.weights.trained import load_trained, trained_config, trained_folder
@@ -68,9 +68,13 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool =
       JaxherdError: an unknown architecture, tensors that do not fit (all of them are listed),
         a damaged file, a pickle, or a source that cannot be had.
     """
-    module = _load(source, _dtype(dtype), text_only)
+    kind, located = _dtype(dtype), _located(source)
+    module = _load(located, kind, text_only)
     # What was read as a whole is cut here; a Hugging Face folder was not read as a whole.
-    return text_part(module) if text_only and isinstance(module, MultimodalDecoder) else module
+    if text_only and isinstance(module, MultimodalDecoder):
+        module = text_part(module)
+    remember(module, _materials(located))
+    return module
 
 
 def model_config(source: str | os.PathLike[str]) -> Any:
@@ -96,11 +100,20 @@ def materials_of(source: str | os.PathLike[str]) -> LlamaMaterials | None:
     Raises:
       JaxherdError: there is no model.
     """
-    _, path, entries = _located(source)
+    return _materials(_located(source))
+
+
+_Located = tuple[str, pathlib.Path, dict[str, Any]]
+
+
+def _materials(located: _Located) -> LlamaMaterials | None:
+    kind, path, entries = located
+    if kind == "gguf":
+        entries = GgufStore(path).metadata
     return llama_materials(path if path.is_dir() else path.parent, entries)
 
 
-def _located(source: str | os.PathLike[str]) -> tuple[str, pathlib.Path, dict[str, Any]]:
+def _located(source: str | os.PathLike[str]) -> _Located:
     """Return what a source is ("gguf", "trained", "jaxherd" or "hf"), where, and its config.json."""
     path = resolve_model(source)
     model_file = gguf_at(path)
@@ -122,8 +135,8 @@ def _located(source: str | os.PathLike[str]) -> tuple[str, pathlib.Path, dict[st
     return ("jaxherd" if entries.get("format") == registry.FORMAT else "hf"), path, entries
 
 
-def _load(source: str | os.PathLike[str], dtype: Any, text_only: bool) -> Any:
-    kind, path, config = _located(source)
+def _load(located: _Located, dtype: Any, text_only: bool) -> Any:
+    kind, path, config = located
     if kind == "gguf":
         return _load_gguf(path, dtype)
     if kind == "trained":

@@ -15,7 +15,7 @@ from jaxherd.core.sharding import Partitioner
 from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
 from jaxherd.training.checkpoints import Checkpoints
 from jaxherd.weights.generation import load_tokenizer
-from jaxherd.weights.load import load, model_config
+from jaxherd.weights.load import load, materials_of, model_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,11 @@ class LoadWeights:
     def run(self, context: StageContext) -> Mapping[str, Any]:
         """Read the weights and write the checkpoint."""
         if jax.process_index() == 0:
+            materials = materials_of(self.source)
+            if materials is not None:
+                # Later stages inherit it, and so does what they train.
+                materials.record(context.folder)
+                context.say(f"{self.name}: these are Llama Materials ({materials.reason}).")
             write_json(context.folder / "config.json", {"stage": describe(self)})
             try:
                 load_tokenizer(self.source).save(context.folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxherd.core.config_io import from_dict, to_dict
 from jaxherd.core.errors import JaxherdError
+from jaxherd.data.ngrams import NgramConfig
 from jaxherd.layers.attention import AttentionConfig, TemperatureTuning
 from jaxherd.layers.averaged_quantiser import AveragedQuantiserConfig
 from jaxherd.layers.feed_forward import FeedForwardConfig
@@ -18,6 +19,7 @@ from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.layers.vector_quantiser import QuantiserConfig
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
 from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
+from jaxherd.models.ngram_classifier import NgramClassifierConfig
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
 from jaxherd.models.stft_discriminator import StftDiscriminatorConfig
 from jaxherd.models.t5_encoder import T5EncoderConfig
@@ -41,6 +43,8 @@ CONFIG_CLASSES: list[type] = [
     LayerConfig,
     MoeConfig,
     MultimodalDecoderConfig,
+    NgramClassifierConfig,
+    NgramConfig,
     QuantiserConfig,
     AveragedQuantiserConfig,
     RopeConfig,

@@ -16,6 +16,7 @@ from jaxherd.core.modules import flatten, split
 from jaxherd.weights import registry
 from jaxherd.weights.generation import GenerationDefaults
 from jaxherd.weights.hf_config import write_config
+from jaxherd.weights.licence import joined, remembered
 from jaxherd.weights.mapping import Placement, place
 from jaxherd.weights.stores import write_shards
 
@@ -32,6 +33,7 @@ def save(
     generation: GenerationDefaults | None = None,
     companions: Sequence[pathlib.Path] = (),
     texts: Mapping[str, str] | None = None,
+    derived_from: Sequence[str | os.PathLike[str]] = (),
 ) -> pathlib.Path:
     """Write a model to a new folder and return its path.
 
@@ -44,10 +46,14 @@ def save(
       tokenizer: is saved beside the model.
       generation: stop tokens and sampling defaults, saved beside the model.
       companions: files that are copied as they are (see `generation.companion_files`).
-      texts: further small files, by name (see `licence.LlamaMaterials.files`).
+      texts: further small files, by name.
+      derived_from: sources that the model was made from or of whose outputs it learned, where `load`
+        did not give this very module.  Of Llama Materials (`jaxherd.weights.licence`) licence and Notice
+        are written too.
     Raises:
-      JaxherdError: an unknown format, a folder that is not empty or cannot be made, or a model that
-        the format cannot express; nothing is written then.
+      JaxherdError: an unknown format, a folder that is not empty or cannot be made, a model that the
+        format cannot express, or a name or an absent licence that Llama Materials do not allow;
+        nothing is written then.
       StorageError: the disk could not be written; nothing is left of it.
     """
     if format not in FORMATS:
@@ -55,6 +61,12 @@ def save(
     if max_shard_bytes < 1:
         raise JaxherdError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
     target = check_target(folder)
+    companions, texts = [*companions], dict(texts or {})
+    materials = joined([remembered(module), *map(_materials_of, derived_from)])
+    if materials is not None:
+        materials.check_export(target.resolve().name)
+        licences, notices = materials.files()
+        companions, texts = [*companions, *licences], texts | notices
     _, params, buffers = split(module)
     if format == "hf":
         architecture, entries = write_config(module.config)
@@ -85,7 +97,7 @@ def save(
             tokenizer.save(scratch)
         for path in companions:
             shutil.copyfile(path, scratch / path.name)
-        for name, text in (texts or {}).items():
+        for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -99,6 +111,12 @@ def save(
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _materials_of(source: str | os.PathLike[str]) -> Any:
+    from jaxherd.weights.load import materials_of
+
+    return materials_of(source)
 
 
 def check_target(folder: str | os.PathLike[str]) -> pathlib.Path:

@@ -5,6 +5,8 @@ import functools
 import string
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxherd.data.tokenizer_config import Bytes
 from jaxherd.methods.verifiable_tasks import Problem
@@ -20,6 +22,19 @@ CONFIG = presets.llama(
 def policy(seed: int = 0):
     """Return the same small decoder for every test that asks."""
     return CONFIG.build(jax.random.key(seed))
+
+
+@jax.jit
+def _forward(module, tokens_BT):
+    return jax.nn.log_softmax(module(tokens_BT))
+
+
+def log_probs(tokens, module=None):
+    """Return log p [T, V] by a forward pass, all lengths in one program: what follows changes nothing."""
+    row = np.zeros((1, CONFIG.max_length), np.int32)
+    row[0, : len(tokens)] = tokens
+    found = _forward(policy() if module is None else module, jnp.asarray(row))
+    return np.asarray(found, np.float64)[0, : len(tokens)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ import pytest
 
 import jaxherd
 from jaxherd.cli.main import main
+from jaxherd.core.errors import JaxherdError
 from jaxherd.models import presets
-from jaxherd.weights.licence import llama_materials
+from jaxherd.weights.licence import joined, llama_materials, remembered
 
 # A stand-in with the agreement's title; the agreement itself is Meta's.
 AGREEMENT = "LLAMA 4 COMMUNITY LICENSE AGREEMENT\n\nA stand-in for tests.\n"
@@ -67,3 +68,73 @@ def test_a_notice_alone_tells(tmp_path):
     found = llama_materials(tmp_path)
     assert found is not None and found.version == "3.1" and found.licence is None
     assert llama_materials(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "card, version",
+    [
+        ("---\nlicense: llama4\n---\n", "4"),
+        ("---\nlicense: other\nlicense_name: llama-3.2\n---\n", "3.2"),
+        ("---\nbase_model: meta-llama/Meta-Llama-3.1-8B\n---\n", "3.1"),
+        ("---\nbase_model:\n- meta-llama/Llama-Guard-4-12B\n---\n", "4"),
+        (
+            "---\nlicense: apache-2.0\n---\nBetter than meta-llama/Llama-3.2-1B, license: llama4\n",
+            None,
+        ),
+        ("license: llama4\n", None),
+    ],
+)
+def test_a_model_card_tells(tmp_path, card, version):
+    (tmp_path / "README.md").write_text(card)
+    found = llama_materials(tmp_path)
+    assert (found and found.version) == version
+
+
+@pytest.mark.parametrize(
+    "metadata, version",
+    [
+        ({"general.license": "llama3.2"}, "3.2"),
+        (
+            {"general.base_model.0.repo_url": "https://huggingface.co/meta-llama/Llama-3.2-1B"},
+            "3.2",
+        ),
+        ({"general.architecture": "llama", "general.license": "apache-2.0"}, None),
+    ],
+)
+def test_a_gguf_file_tells(tmp_path, metadata, version):
+    found = llama_materials(tmp_path, metadata)
+    assert (found and found.version) == version
+
+
+def test_a_loaded_model_is_known_when_it_is_saved(source, tmp_path):
+    (source / "LICENSE").write_text(AGREEMENT)
+    module = jaxherd.load(source)
+    known = remembered(module)
+    assert known is not None and known.version == "4"
+    with pytest.raises(JaxherdError, match="Llama-mine"):
+        jaxherd.save(module, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+    jaxherd.save(module, tmp_path / "Llama-mine", format="hf")
+    assert (tmp_path / "Llama-mine" / "LICENSE").read_text() == AGREEMENT
+    assert "Llama 4 Community License" in (tmp_path / "Llama-mine" / "Notice").read_text()
+    # Another module is another one, unless the caller says what it was made from.
+    other = module.config.build(jax.random.key(3))
+    jaxherd.save(other, tmp_path / "free")
+    with pytest.raises(JaxherdError, match="begin with 'Llama'"):
+        jaxherd.save(other, tmp_path / "not-free", derived_from=[source])
+
+
+def test_materials_of_two_versions(source, tmp_path):
+    (source / "LICENSE").write_text(AGREEMENT)
+    (source / "LICENSE-Llama-3.2").write_text(AGREEMENT.replace("4", "3.2"))
+    found = llama_materials(source)
+    assert found is not None and [found.version, *(o.version for o in found.others)] == ["4", "3.2"]
+    assert joined([found, None, found]) == found
+    assert main(["convert", str(source), str(tmp_path / "Llama-both")]) == 0
+    names = {path.name for path in (tmp_path / "Llama-both").iterdir()}
+    assert {"LICENSE", "Notice", "LICENSE-Llama-3.2", "Notice-Llama-3.2"} <= names
+    assert llama_materials(tmp_path / "Llama-both").others[0].version == "3.2"  # type: ignore[union-attr]
+    (source / "LICENSE-Llama-3.2").unlink()
+    (source / "Notice").write_text("Llama 3.2 is licensed under the Llama 3.2 Community License")
+    with pytest.raises(JaxherdError, match="a copy of their licence must go along"):
+        jaxherd.save(jaxherd.load(source), tmp_path / "Llama-half")

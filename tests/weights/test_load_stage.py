@@ -1,12 +1,14 @@
 """Released weights as a stage: a checkpoint that training starts from, and a source of its own."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import jaxherd
+from jaxherd.cli.main import main
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.experiment import Experiment
 from jaxherd.core.layouts import Layout
@@ -94,3 +96,31 @@ def test_the_text_part_of_a_multimodal_source(vision_golden, tmp_path):
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(wanted[name]))
+
+
+def test_materials_are_known_through_training(source, tmp_path, capsys):
+    """What was fine-tuned from them is a derivative, and its exports say so."""
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    (folder / "LICENSE").write_text(
+        "LLAMA 4 COMMUNITY LICENSE AGREEMENT\n\nA stand-in for tests.\n"
+    )
+    tune = TrainStage(
+        name="tune",
+        model=CONFIG,
+        data=AnswerRows(VerifiableTasks((("addition", 1),)), sequence_length=48, batch_size=4),
+        objective=NextToken(),
+        optimizer=Optimizer("sgd", Schedule(1e-3, "constant", 0)),
+        run_config=RunConfig(steps=1, loggers=("jsonl",)),
+        initial="load",
+        reads=("load",),
+    )
+    said = run(tmp_path / "run", LoadWeights("load", str(folder), CONFIG), tune)
+    assert any("Llama Materials (LICENSE is that of Llama 4)" in line for line in said)
+    for place in (tmp_path / "run" / "tune", tmp_path / "run"):
+        assert main(["convert", str(place), str(tmp_path / "mine")]) == 2
+        assert "begin with 'Llama'" in capsys.readouterr().err
+    target = tmp_path / "Llama-mine"
+    assert main(["convert", str(tmp_path / "run"), str(target)]) == 0
+    assert (target / "LICENSE").read_text().startswith("LLAMA 4") and (target / "Notice").exists()
+    assert jaxherd.load(target).config == CONFIG

@@ -64,6 +64,11 @@ def build_app(service: Service, keys: Keys, hosts: Hosts) -> Any:
         with contextlib.suppress(ApiError):
             keys.check(request.headers.get("authorization"))
             body |= {"model": service.name, "engine": dataclasses.asdict(service.thread.counters)}
+            if service.guarding is not None:
+                body["guard"] = {
+                    "name": service.guarding.guard.name,
+                    **dataclasses.asdict(service.guarding.counts),
+                }
         return JSONResponse(body, 200 if state == "ok" else 503)
 
     def allow(request: Any) -> None:
@@ -90,11 +95,10 @@ def build_app(service: Service, keys: Keys, hosts: Hosts) -> Any:
         service.arrive()
         try:
             body = await _body(request, service.limits.body_bytes, service.limits.body_seconds)
-            asked, requests = await asyncio.to_thread(_understand, service, read, body)
+            options, asked = await asyncio.to_thread(_understand, service, read, body)
         finally:
             service.arrived()
-        options = asked.options
-        opened = service.open(requests, options.n)
+        opened = service.open(asked, options.n)
         replies = Replies(kind, service.name, options.include_usage)
         if options.stream:
             return _EventStream(_frames(opened, replies, deadline), opened, deadline)
@@ -167,13 +171,13 @@ async def _body(request: Any, limit: int, seconds: float) -> bytes:
     return bytes(body)
 
 
-def _understand(service: Service, read: Callable, body: bytes) -> tuple[Any, list[Any]]:
-    """Return the request and what the engine is asked for; it takes time, so not on the loop."""
+def _understand(service: Service, read: Callable, body: bytes) -> tuple[Any, Any]:
+    """Return the options and what the engine is asked for; it takes time, so not on the loop."""
     asked: ChatRequest | CompletionRequest = read(
         parse_json(body), service.limits, service.defaults
     )
     service.check_model(asked.options.model)
-    return asked, service.encode(asked)
+    return asked.options, service.encode(asked)
 
 
 async def _whole(request: Any, answer: Answer, replies: Replies, deadline: float) -> dict[str, Any]:
@@ -182,13 +186,22 @@ async def _whole(request: Any, answer: Answer, replies: Replies, deadline: float
     async def collect() -> dict[str, Any]:
         texts: dict[int, str] = {}
         reasons: dict[int, str] = {}
+        refusals: dict[int, str] = {}
         async for piece in answer.pieces(deadline, _HEARTBEAT):
             if piece is not None:
                 texts[piece.index] = texts.get(piece.index, "") + piece.text
                 if piece.reason is not None:
                     reasons[piece.index] = piece.reason
+                if piece.refusal is not None:
+                    # Of an answer that nobody has begun to read all is withheld.
+                    texts[piece.index], refusals[piece.index] = "", piece.refusal
         order = sorted(texts)
-        return replies.whole([texts[i] for i in order], [reasons[i] for i in order], answer.usage)
+        return replies.whole(
+            [texts[i] for i in order],
+            [reasons[i] for i in order],
+            answer.usage,
+            [refusals.get(i) for i in order],
+        )
 
     body = await _unless_gone(request.receive, collect())
     # Nobody reads this one.
@@ -208,7 +221,7 @@ async def _frames(answer: Answer, replies: Replies, deadline: float) -> AsyncIte
                 if (first := replies.opening(piece.index)) is not None:
                     yield _event(first)
             if piece.text or piece.reason is not None:
-                for body in replies.piece(piece.index, piece.text, piece.reason):
+                for body in replies.piece(piece.index, piece.text, piece.reason, piece.refusal):
                     yield _event(body)
     except ApiError as error:
         yield _event(error.body())

@@ -41,14 +41,22 @@ class Replies:
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: Usage) -> dict[str, Any]:
-        """Return the answer in one body."""
-        choices = [
-            self._choice(i, {"message": {"role": "assistant", "content": text, "refusal": None}}, r)
-            if self.kind == "chat"
-            else self._choice(i, {"text": text}, r)
-            for i, (text, r) in enumerate(zip(texts, reasons, strict=True))
-        ]
+    def whole(
+        self,
+        texts: Sequence[str],
+        reasons: Sequence[str],
+        usage: Usage,
+        refusals: Sequence[str | None] | None = None,
+    ) -> dict[str, Any]:
+        """Return the answer in one body; `refusals` says why a choice was withheld, where it was."""
+        choices = []
+        for i, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+            content: dict[str, Any] = {"text": text}
+            if self.kind == "chat":
+                refusal = refusals[i] if refusals else None
+                message = {"role": "assistant", "content": text, "refusal": refusal}
+                content = {"message": message}
+            choices.append(self._choice(i, content, reason))
         return self._frame(choices, piece=False) | {"usage": usage.body()}
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -58,11 +66,15 @@ class Replies:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._piece([self._choice(index, {"delta": delta}, None)])
 
-    def piece(self, index: int, text: str, reason: str | None) -> list[dict[str, Any]]:
+    def piece(
+        self, index: int, text: str, reason: str | None, refusal: str | None = None
+    ) -> list[dict[str, Any]]:
         """Return the pieces of new text, and of a choice's end once it has a reason."""
         if self.kind == "completion":
             return [self._piece([self._choice(index, {"text": text}, reason)])]
-        pieces = [({"content": text}, None)] if text else []
+        pieces: list[tuple[dict[str, Any], str | None]] = []
+        pieces += [({"content": text}, None)] if text else []
+        pieces += [({"refusal": refusal}, None)] if refusal is not None else []
         pieces += [({}, reason)] if reason is not None else []
         return [self._piece([self._choice(index, {"delta": d}, r)]) for d, r in pieces]
 

@@ -64,6 +64,11 @@ class HttpServer:
         return self._service.name
 
     @property
+    def guarding(self) -> Any:
+        """The guard with its counts, or None."""
+        return self._service.guarding
+
+    @property
     def url(self) -> str:
         """Where clients find the API."""
         host, port = self._listener.getsockname()[:2]

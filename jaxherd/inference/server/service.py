@@ -12,11 +12,13 @@ from typing import Any
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.data.chat import can_chat, encode_chat
+from jaxherd.inference.guards.guard import Conversation, Guard
 from jaxherd.inference.requests import Event, Request
 from jaxherd.inference.sampling import Sampling
 from jaxherd.inference.server import errors
 from jaxherd.inference.server.engine_thread import EngineStopped, EngineThread
 from jaxherd.inference.server.errors import ApiError, bad_request
+from jaxherd.inference.server.guarding import Guarding, Held
 from jaxherd.inference.server.images import ImageReader, NoImages
 from jaxherd.inference.server.limits import Limits
 from jaxherd.inference.server.messages import images_of
@@ -26,11 +28,31 @@ from jaxherd.inference.server.replies import Usage
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """New text of one choice; `reason` says why it ended, once it has."""
+    """New text of one choice; `reason` says why it ended, once it has.
+
+    `refusal` is the guard's sentence where that is "content_filter": then the choice has no content,
+    and what was shown before is all that there will be.
+    """
 
     index: int
     text: str
     reason: str | None
+    refusal: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What the engine is asked for, choice by choice.
+
+    Attributes:
+      requests: the choices.
+      refusals: why a prompt is not given to the engine, for each choice; None where it is.
+      conversations: of each choice, for the guard; empty without one.
+    """
+
+    requests: list[Request]
+    refusals: list[str | None]
+    conversations: list[Conversation]
 
 
 class Service:
@@ -47,6 +69,7 @@ class Service:
         limits: Limits = Limits(),
         defaults: Sampling = Sampling(temperature=1.0),
         images: ImageReader | None = None,
+        guard: Guard | None = None,
     ):
         """Prepare.
 
@@ -55,12 +78,14 @@ class Service:
           name: of the model, as requests must give it.
           defaults: of the sampling, where a request does not say.
           images: what reads images; None refuses them.
+          guard: judges prompts before the engine has them, and answers before clients do.
         """
         if thread.engine.tokenizer is None:
             raise JaxherdError("serving text needs a tokenizer.")
         self.thread, self.name, self.limits, self.defaults = thread, name, limits, defaults
         self.draining = False
         self._images = images or NoImages()
+        self.guarding = None if guard is None else Guarding(guard)
         self._tokenizer = thread.engine.tokenizer
         self._room = thread.engine.slots + limits.waiting
         self._answers: set[Answer] = set()
@@ -94,7 +119,7 @@ class Service:
         if name != self.name:
             raise errors.no_model(name[:80], self.name)
 
-    def encode(self, request: ChatRequest | CompletionRequest) -> list[Request]:
+    def encode(self, request: ChatRequest | CompletionRequest) -> Asked:
         """Return what the engine is asked for, choice by choice; any thread may call.
 
         Raises:
@@ -117,7 +142,32 @@ class Service:
                 self.thread.engine.check_request(made)
             except JaxherdError as error:
                 raise bad_request(str(error)) from None
-        return requests
+        return self._judged(request, requests)
+
+    def _judged(self, asked: ChatRequest | CompletionRequest, requests: list[Request]) -> Asked:
+        """Ask the guard about every prompt."""
+        if self.guarding is None:
+            return Asked(requests, [None] * len(requests), [])
+        conversations: list[Conversation]
+        if isinstance(asked, ChatRequest):
+            conversations = [asked.messages]
+        else:
+            conversations = [
+                [{"role": "user", "content": self._as_text(prompt)}] for prompt in asked.prompts
+            ]
+        refusals = [
+            verdict.sentence("prompt") if verdict.vetoed else None
+            for verdict in self.guarding.judge(conversations)
+        ]
+        n = asked.options.n
+        return Asked(
+            requests,
+            [refusal for refusal in refusals for _ in range(n)],
+            [conversation for conversation in conversations for _ in range(n)],
+        )
+
+    def _as_text(self, prompt: str | tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
     def _chat(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
         if not can_chat(self._tokenizer):
@@ -155,16 +205,18 @@ class Service:
             )
         return options.max_tokens or min(self.limits.new_tokens, length - prompt)
 
-    def open(self, requests: Sequence[Request], n: int) -> "Answer":
+    def open(self, asked: Asked, n: int) -> "Answer":
         """Hand requests to the engine and return their answer; whoever takes it must close it.
 
         Args:
+          asked: those with a refusal are not handed over.
           n: so many of them after each other share a prompt.
         Raises:
           ApiError: too many are under way or asked for, or the server takes none any more.
         """
         if self.draining or self.failed:
             self.check_open()
+        requests = [r for r, refusal in zip(asked.requests, asked.refusals) if refusal is None]
         if len(requests) > self._room:
             raise bad_request(
                 f"{len(requests)} answers at once are more than the {self._room} that this server "
@@ -173,7 +225,7 @@ class Service:
             )
         if self._under_way + len(requests) > self._room:
             raise errors.queue_full(self.limits.retry_after)
-        answer = Answer(self, requests, n)
+        answer = Answer(self, asked, n)
         self._answers.add(answer)
         self._under_way += len(requests)
         return answer
@@ -198,15 +250,22 @@ class Service:
 class Answer:
     """The choices of one request as they come."""
 
-    def __init__(self, service: Service, requests: Sequence[Request], n: int):
+    def __init__(self, service: Service, asked: Asked, n: int):
         """Submit the requests; by `Service.open` alone."""
+        requests: Sequence[Request] = asked.requests
         self._service, self._requests, self._n = service, requests, n
+        self._refusals = asked.refusals
+        self._held: list[Held] = []
+        if service.guarding is not None:
+            self._held = [service.guarding.hold(talk) for talk in asked.conversations]
         self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._completion = 0
         self._cached = [0] * len(requests)
         self._tickets: dict[int, int] = {}
         for index, request in enumerate(requests):
+            if asked.refusals[index] is not None:
+                continue
             try:
                 self._tickets[index] = service.thread.submit(request, self._sink(index))
             except EngineStopped as error:
@@ -230,7 +289,11 @@ class Answer:
         Raises:
           ApiError: time is up, the engine broke, or the server shuts down.
         """
-        left = len(self._requests)
+        left = set(range(len(self._requests)))
+        for index, refusal in enumerate(self._refusals):
+            if refusal is not None:
+                left.discard(index)
+                yield Piece(index, "", "content_filter", refusal)
         while left:
             now = self._loop.time()
             try:
@@ -246,9 +309,26 @@ class Answer:
                 raise self._explained(item)
             self._completion += len(item.tokens)
             self._cached[index] = max(self._cached[index], item.reused_tokens)
+            if index not in left:
+                continue  # vetoed: what the engine had made meanwhile is of no use
             reason = None if item.result is None else item.result.reason
-            left -= reason is not None
-            yield Piece(index, item.text, reason)
+            piece = Piece(index, item.text, reason)
+            if self._held:
+                # A look takes time in proportion to the text, so not on the loop.
+                piece = await asyncio.to_thread(self._guarded, piece)
+            if piece.reason is not None:
+                left.discard(index)
+                if piece.refusal is not None and index in self._tickets:
+                    self._service.thread.cancel(self._tickets[index])
+            yield piece
+
+    def _guarded(self, piece: Piece) -> Piece:
+        """Return what the guard lets through."""
+        held = self._held[piece.index]
+        text, vetoed = held.push(piece.text, piece.reason is not None)
+        if vetoed:
+            return Piece(piece.index, "", "content_filter", held.sentence)
+        return dataclasses.replace(piece, text=text)
 
     def _explained(self, error: Exception) -> ApiError:
         if isinstance(error, ApiError):
