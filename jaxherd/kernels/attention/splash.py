@@ -79,7 +79,8 @@ class _Seen:
 def unsupported(q_BTNH, k_BSKH, mask: AttentionMask) -> str | None:
     """Return why splash attention cannot run for these arguments, or None if it can."""
     same = mask.self_attention and q_BTNH.shape[1] == k_BSKH.shape[1]
-    if not same and not mask.keys_by_position:
+    # Without an order ids tell all of the rule, wherever the keys come from.
+    if not same and not mask.keys_by_position and mask.kind != "bidirectional":
         return "keys are neither the queries' own tokens nor in the order of their positions"
     partitioner = sharding.active()
     if partitioner is not None and partitioner.mesh_axes("length"):
