@@ -12,6 +12,7 @@ from parity import Parity
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import AttentionMask, PagePool, attention, paged_attention
+from jaxherd.kernels.paged_attention import pallas_gpu
 from jaxherd.kernels.paged_attention import schedule as schedules
 from jaxherd.kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec
 
@@ -76,14 +77,29 @@ def lengths_of(spec, seed=0):
     return [spec.length, int(rng.integers(spec.new, spec.length)), 0, 1][: spec.batch]
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("name", ARG_SPECS)
-def test_kernel_is_the_reference(name):
+def test_kernel_is_the_reference(name, implementation):
     spec = ARG_SPECS[name].shrunk()
     lengths = lengths_of(spec)
     q, pool, table, _, _ = filled(spec, lengths)
     table = forgotten(spec, table, lengths)
     Parity(call(spec), (), TOLERANCE).check(
-        "pallas_tpu", (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
+        implementation, (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
+    )
+
+
+@pytest.mark.parametrize("name", ["scout_chunked", "mobilellm_pro_full_int8", "scout_draft_4"])
+def test_triton_divides_long_sequences(name, monkeypatch):
+    """Among several programs, some of which find nothing to do."""
+    monkeypatch.setattr(pallas_gpu, "_SHARE", 1)
+    spec = dataclasses.replace(ARG_SPECS[name].shrunk(), batch=3)
+    assert pallas_gpu.shares(3, spec.kv_heads, 4) == 4
+    lengths = lengths_of(spec)
+    q, pool, table, _, _ = filled(spec, lengths)
+    table = forgotten(spec, table, lengths)
+    Parity(call(spec), (), TOLERANCE).check(
+        "pallas_gpu", (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
     )
 
 
@@ -99,7 +115,7 @@ def test_by_row_is_the_reference(name):
 
 @given(
     kind=st.sampled_from(["causal", "chunked", "sliding_window"]), size=st.integers(1, 100),
-    page_size=st.sampled_from([8, 16]), pages=st.integers(1, 9), new=st.integers(1, 3),
+    page_size=st.sampled_from([16, 32]), pages=st.integers(1, 9), new=st.integers(1, 3),
     groups=st.sampled_from([1, 4, 5, 8]), seed=st.integers(0, 99), batch=st.integers(1, 4),
 )  # fmt: skip
 @settings(max_examples=8)
@@ -112,7 +128,8 @@ def test_any_shape(kind, size, page_size, pages, new, groups, seed, batch):
     q, pool, table, k, v = filled(spec, lengths, seed)
     table = forgotten(spec, table, lengths)
     given_ = (q, pool, table, jnp.asarray(lengths))
-    Parity(call(spec), (), TOLERANCE).check("pallas_tpu", given_, interpret=True, gradients=False)
+    for kernel in ("pallas_tpu", "pallas_gpu"):
+        Parity(call(spec), (), TOLERANCE).check(kernel, given_, interpret=True, gradients=False)
     Parity(call(spec), (), TOLERANCE).check("by_row", given_, gradients=False)
 
 
@@ -206,3 +223,5 @@ def test_what_does_not_fit_is_said():
     pool = PagePool.empty(4, 12, 2, 64, jnp.bfloat16)
     with pytest.raises(JaxherdError, match="pages of 12 bfloat16 tokens are no multiple of 16"):
         paged_attention(q, pool, table, lengths, implementation="pallas_tpu")
+    with pytest.raises(JaxherdError, match="12 tokens are no power of two from 16 on"):
+        paged_attention(q, pool, table, lengths, implementation="pallas_gpu")
