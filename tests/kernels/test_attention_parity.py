@@ -130,21 +130,34 @@ def test_long_rows_take_the_two_gradient_kernels(kind, monkeypatch):
     check("splash", spec)
 
 
-@given(
+SHAPES = dict(
     length=st.integers(1, 300), groups=st.sampled_from([1, 4, 5, 8]), kv_heads=st.integers(1, 2),
     head_dim=st.sampled_from([64, 72, 80, 88, 128]),
     kind=st.sampled_from(["causal", "chunked", "sliding_window", "bidirectional", "prefix"]),
     size=st.integers(1, 300), packed=st.booleans(), batch=st.integers(1, 2),
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )  # fmt: skip
-@settings(max_examples=8)
-def test_any_shape(length, groups, kv_heads, head_dim, kind, size, packed, batch, dtype):
+
+
+def drawn_spec(length, groups, kv_heads, head_dim, kind, size, packed, batch, dtype):
     local = kind in ("chunked", "sliding_window")
-    spec = ArgSpec(
+    return ArgSpec(
         "any", length, groups * kv_heads, kv_heads, head_dim, kind, size if local else None,
         packed=packed and length > 8, dtype=dtype, batch=batch,
     )  # fmt: skip
-    check("splash", spec, gradients=False)
+
+
+@given(**SHAPES)
+@settings(max_examples=8)
+def test_any_shape(**drawn):
+    check("splash", drawn_spec(**drawn), gradients=False)
+
+
+@given(**{**SHAPES, "length": st.integers(1, 150)})
+@settings(max_examples=2)
+@pytest.mark.parametrize("implementation", ["splash", "pallas_gpu"])
+def test_gradients_of_any_shape(implementation, **drawn):
+    check(implementation, drawn_spec(**drawn))
 
 
 def test_a_row_of_padding_alone_gives_zeros():

@@ -146,9 +146,7 @@ def _how(products: int, pairs: int, q_BTNH, k_BSKH, interpret: bool) -> dict:
     batch, _, heads, size = q_BTNH.shape
     moved = products * (q_BTNH.size + k_BSKH.size) * q_BTNH.dtype.itemsize
     return {
-        "compiler_params": pltriton.CompilerParams(
-            num_warps=4 if size <= 64 else 8, num_stages=2
-        ),
+        "compiler_params": pltriton.CompilerParams(num_warps=4 if size <= 64 else 8, num_stages=2),
         "cost_estimate": pl.CostEstimate(
             flops=2 * products * pairs * batch * heads * size,
             transcendentals=pairs * batch * heads,
@@ -222,9 +220,7 @@ def _forward_kernel(
         peak_t, total_t, sum_th = carry
         k_at = s * _BLOCK + jnp.arange(_BLOCK)
         scores_tk = _dot(q_th, _tile(k_ref, row, k_at, kv_head), trans_b=True)
-        seen_tk = _seen(
-            q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window
-        )
+        seen_tk = _seen(q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window)
         scores_tk = jnp.where(seen_tk, scores_tk, _MASKED)
         now_t = jnp.maximum(peak_t, scores_tk.max(axis=1))
         # Masked scores underflow to zero, also where nothing was seen so far.
@@ -243,9 +239,7 @@ def _forward_kernel(
     some_t = jnp.where(total_t > 0, total_t, 1.0)
     _store(out_ref, row, q_at, head, sum_th / some_t[:, None])
     # The logarithm of the sum of exponentials; the gradient looks at it where a key is seen alone.
-    pltriton.store(
-        peak_ref.at[row, head, q_at], peak_t + jnp.log(some_t), mask=q_at < length
-    )
+    pltriton.store(peak_ref.at[row, head, q_at], peak_t + jnp.log(some_t), mask=q_at < length)
 
 
 def _gradient_of_scores(q_th, k_kh, v_kh, dout_th, peak_t, share_t, seen_tk):
@@ -273,9 +267,7 @@ def _dq_kernel(
     def visit(s, dq_th):
         k_at = s * _BLOCK + jnp.arange(_BLOCK)
         k_kh, v_kh = _tile(k_ref, row, k_at, kv_head), _tile(v_ref, row, k_at, kv_head)
-        seen_tk = _seen(
-            q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window
-        )
+        seen_tk = _seen(q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window)
         _, dscores_tk = _gradient_of_scores(q_th, k_kh, v_kh, dout_th, peak_t, share_t, seen_tk)
         return dq_th + _dot(dscores_tk.astype(k_kh.dtype), k_kh)
 
@@ -307,9 +299,7 @@ def _dkv_kernel(
             pltriton.load(ref.at[row, head, q_at], mask=q_at < length, other=0.0)
             for ref in (peak_ref, share_ref)
         )
-        seen_tk = _seen(
-            q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window
-        )
+        seen_tk = _seen(q_at, k_at, row, top_ref, q_ids_ref, k_ids_ref, length, keys, window)
         weights_tk, dscores_tk = _gradient_of_scores(
             q_th, k_kh, v_kh, dout_th, peak_t, share_t, seen_tk
         )
