@@ -8,7 +8,7 @@ from jaxherd.kernels.attention import arg_specs
 from jaxherd.kernels.paged_attention import arg_specs as paged_specs
 
 
-def attention_program(spec: arg_specs.ArgSpec, implementation: str):
+def attention_program(spec: arg_specs.ArgSpec, implementation: str | None):
     """Return (function, abstract arguments): the call, and its gradients if trained."""
     batch, length, keys = spec.batch, spec.length, spec.keys or spec.length
     p = jax.ShapeDtypeStruct((batch, length), jnp.int32)

@@ -61,6 +61,22 @@ def test_compiles(chip, name):
     check(chip, name)
 
 
+@pytest.mark.parametrize(
+    "name, kernels",
+    [("velocity_slot", 2), ("velocity_cross", 0), ("velocity_padded", 2), ("odd_float32", 2)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_taken_by_default(name, kernels):
+    """Forward and gradient, where blocks of 128 hold little padding; traced, not compiled."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    run, arguments = attention_program(ARG_SPECS[name], None)
+    with Partitioner.create(Layout("one"), devices[:1]).activate():
+        program = str(jax.jit(run).trace(*arguments).jaxpr)
+    assert program.count("pallas_call[") == kernels
+
+
 @pytest.mark.tpu_compile_full
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("name", ARG_SPECS)

@@ -100,8 +100,11 @@ def _splash_pays(q_BTHD, k_BSKD, mask) -> bool:
     from jaxherd.kernels.attention import splash
 
     length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
-    # Where keys come in an order, a kernel skips what it must not see; else it pads them too.
-    fits = _fills_blocks(length) and (mask.kind != "bidirectional" or _fills_blocks(keys))
+    fits = _fills_blocks(length)
+    if mask.kind == "bidirectional" and keys != length:
+        # Of keys in an order a kernel skips what it must not see; these are padded to whole blocks.
+        # Scores of a single one stay in fast memory without a kernel (README.md).
+        fits &= keys > 128 and _fills_blocks(keys)
     return platform() == "tpu" and fits and splash.unsupported(q_BTHD, k_BSKD, mask) is None
 
 
