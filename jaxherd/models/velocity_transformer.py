@@ -114,7 +114,7 @@ class VelocityTransformerConfig:
       bias_ff, bias_attn: biases of feed-forward and skip projections; of attention.
       bias_proj: biases of the input and output projections and of the time embedding.
       layer_scale: initial value of a learnt scale per channel on each branch; None has none.
-      add_zero_attn: a zero key and value in front of the others in every attention.  Without it
+      add_zero_attn: a zero key and value beside the others in every attention.  Without it
         a null condition gives zeros here, where torch gives NaN.
       qk_norm, qk_norm_cross: LayerNorm of queries and keys over the full width before the heads
         are split, in self- and in cross-attention.
@@ -294,17 +294,19 @@ class MultiHeadAttention(Module):
         if table is not None:
             q_BTNH, k_BSNH = rope_lib.rotate(q_BTNH, table), rope_lib.rotate(k_BSNH, table)
         if config.add_zero_attn:
-            in_front = ((0, 0), (1, 0), (0, 0), (0, 0))
-            k_BSNH, v_BSNH = jnp.pad(k_BSNH, in_front), jnp.pad(v_BSNH, in_front)
+            # Behind the others, where the published code has it in front: softmax knows no order, and
+            # here it is part of the padding that fills a kernel's last block.
+            behind = ((0, 0), (0, 1), (0, 0), (0, 0))
+            k_BSNH, v_BSNH = jnp.pad(k_BSNH, behind), jnp.pad(v_BSNH, behind)
         batch, frames, keys = x_BTD.shape[0], x_BTD.shape[1], k_BSNH.shape[1]
         positions_BT, positions_BS = _rows(batch, frames), _rows(batch, keys)
         if seen_BS is not None:
             if own:
                 positions_BT = jnp.where(seen_BS, positions_BT, -1)
-            slot = ((0, 0), (keys - seen_BS.shape[1], 0))
+            slot = ((0, 0), (0, keys - seen_BS.shape[1]))
             counted_BS = jnp.pad(seen_BS, slot, constant_values=True)
             positions_BS = jnp.where(counted_BS, positions_BS, -1)
-        # With a zero slot in front the keys are not the queries' own tokens.
+        # With a zero slot the keys are not the queries' own tokens.
         alone = own and not config.add_zero_attn
         mask = AttentionMask(
             positions_BT,

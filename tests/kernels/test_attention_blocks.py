@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxherd.kernels.attention import AttentionMask, blocks, splash
+from jaxherd.kernels.attention import AttentionMask, blocks, pallas_gpu, splash
 
 
 def by_the_mask(mask: AttentionMask, block_q: int, block_kv: int) -> np.ndarray:
@@ -107,3 +107,31 @@ def test_the_map_is_splashs_own(kind, size):
     theirs, _ = info.process_mask(masks.MultiHeadMask([rule]), (block, block), shrink_grid=False)
     ours = blocks.needed_blocks(kind, size, length, block, block)
     np.testing.assert_array_equal(ours, theirs.block_mask[0] > 0)
+
+
+@given(
+    kind=KINDS, size=st.integers(1, 300), length=st.integers(1, 500), traced=st.booleans(),
+    prefix=st.integers(0, 300),
+)  # fmt: skip
+def test_triton_walks_the_needed_blocks_alone(kind, size, length, traced, prefix):
+    """A block's run of blocks, from both sides; of known and of traced numbers."""
+    p = jnp.arange(length, dtype=jnp.int32)[None]
+    mask = AttentionMask(
+        p, p, prefix_length_B=jnp.asarray([prefix]) if kind == "prefix" else None, kind=kind,
+        size=size if kind in ("chunked", "sliding_window") else None, self_attention=True,
+        contiguous=not traced,
+    )  # fmt: skip
+    needed = by_the_mask(mask, 64, 64)
+    rule = splash.index_rule(mask, length, length)
+    for runs, wanted in zip(pallas_gpu._runs(rule, length, length), (needed, needed.T)):
+        first, stop = np.asarray(runs[0]).T[..., None]
+        columns = np.arange(wanted.shape[1])
+        np.testing.assert_array_equal((first <= columns) & (columns < stop), wanted)
+
+
+@given(length=st.integers(1, 20000))
+def test_splash_blocks_are_few_and_padded_little(length):
+    block = splash.block_size(length)
+    number = -(-length // block)
+    assert block % 128 == 0 and number <= -(-length // 1024) * 1.5 + 1
+    assert number * block - length < max(256, 0.4 * length)

@@ -1,41 +1,26 @@
 """The Triton attention compiled for an H100 that is not here, values and gradients (jax[cuda12])."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from programs import attention_program
 
 from jaxherd.core.targets import abstract_devices, parse_target
-from jaxherd.kernels import AttentionMask, attention
+from jaxherd.kernels.attention.arg_specs import ARG_SPECS
 
 
 @pytest.mark.gpu_compile
-@pytest.mark.parametrize(
-    "kind, heads, head_dim", [("causal", (40, 8), 128), ("chunked", (20, 4), 64)]
-)
-def test_compiles_for_h100(kind, heads, head_dim):
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_compiles_for_h100(name):
     device = abstract_devices(parse_target("h100:1"))[0]
     place = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
-
-    def gradients(q, k, v, p, s):
-        mask = AttentionMask(p, p, s, s, kind=kind, size=1024, self_attention=True)
-
-        def loss(q, k, v):
-            out = attention(q, k, v, mask=mask, implementation="pallas_gpu")
-            return out.astype(jnp.float32).sum()
-
-        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-
-    def array(*shape, dtype="bfloat16"):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    keys = array(1, 2048, heads[1], head_dim)
-    tokens = array(1, 2048, dtype="int32")
-    text = (
-        jax.jit(gradients)
-        .lower(array(1, 2048, heads[0], head_dim), keys, keys, tokens, tokens)
-        .compile()
-        .as_text()
+    spec = ARG_SPECS[name]
+    run, arguments = attention_program(spec, "pallas_gpu")
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
     )
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') >= 2
+    text = jax.jit(run).lower(*placed).compile().as_text()
+    # Forward; of a trained one also its two gradients.
+    kernels = text.count('custom_call_target="__gpu$xla.gpu.triton"')
+    assert kernels == (3 if spec.trained else 1)

@@ -3,13 +3,12 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
+from programs import attention_program
 
 from jaxherd.core.layouts import Layout
 from jaxherd.core.sharding import Partitioner
-from jaxherd.kernels import AttentionMask, attention
-from jaxherd.kernels.attention.arg_specs import ARG_SPECS, ArgSpec
+from jaxherd.kernels.attention.arg_specs import ARG_SPECS
 from jaxherd.planning.mosaic import TOPOLOGIES
 
 pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jaxherd[tpu]'")
@@ -22,34 +21,8 @@ QUICK = [
     ("v5p", "llama4_prefill_chunked"),
     ("tpu7x", "llama4_vision"),
     ("v5e", "head_72"),
+    ("v6e", "velocity_slot"),
 ]
-
-
-def program(spec: ArgSpec):
-    """Return (function, abstract arguments): the call, and its gradients if trained."""
-    batch, length, keys = spec.batch, spec.length, spec.keys or spec.length
-    p = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    r = jax.ShapeDtypeStruct((batch, keys), jnp.int32)
-    prefix = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    q = jax.ShapeDtypeStruct((batch, length, spec.heads, spec.head_dim), spec.dtype)
-    k = jax.ShapeDtypeStruct((batch, keys, spec.kv_heads, spec.head_dim), spec.dtype)
-
-    def call(q, k, v, p, r, s, prefix):
-        same = keys == length
-        mask = AttentionMask(
-            p, p if same else r, s if spec.packed else None, s if spec.packed else None,
-            prefix_length_B=prefix if spec.kind == "prefix" else None,
-            kind=spec.kind, size=spec.size, self_attention=same,
-            contiguous=same and not spec.packed, keys_by_position=not same,
-        )  # fmt: skip
-        return attention(q, k, v, mask=mask, implementation="splash")
-
-    def run(*arguments):
-        if not spec.trained:
-            return call(*arguments)
-        return jax.grad(lambda *a: call(*a).astype(jnp.float32).sum(), (0, 1, 2))(*arguments)
-
-    return run, (q, k, k, p, r, p, prefix)
 
 
 def compiled(chip: str, function, arguments) -> str:
@@ -71,7 +44,7 @@ def compiled(chip: str, function, arguments) -> str:
 
 def check(chip, name):
     spec = ARG_SPECS[name]
-    text = compiled(chip, *program(spec))
+    text = compiled(chip, *attention_program(spec, "splash"))
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     passes = {re.search(r"_(fwd|dq|dkv)_", call)[1] for call in calls}
     wanted = {"fwd"}
@@ -86,6 +59,22 @@ def check(chip, name):
 @pytest.mark.filterwarnings("ignore")
 def test_compiles(chip, name):
     check(chip, name)
+
+
+@pytest.mark.parametrize(
+    "name, kernels",
+    [("velocity_slot", 2), ("velocity_cross", 0), ("velocity_padded", 2), ("odd_float32", 2)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_taken_by_default(name, kernels):
+    """Forward and gradient, where blocks of 128 hold little padding; traced, not compiled."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    run, arguments = attention_program(ARG_SPECS[name], None)
+    with Partitioner.create(Layout("one"), devices[:1]).activate():
+        program = str(jax.jit(run).trace(*arguments).jaxpr)
+    assert program.count("pallas_call[") == kernels
 
 
 @pytest.mark.tpu_compile_full

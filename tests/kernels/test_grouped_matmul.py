@@ -190,6 +190,43 @@ def test_any_shape(implementation, rows, inner, columns, shares, half, used):
     )
 
 
+@settings(max_examples=3)
+@given(
+    rows=st.integers(1, 40),
+    inner=st.integers(1, 140),
+    columns=st.integers(1, 140),
+    shares=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    half=st.booleans(),
+)
+@pytest.mark.parametrize("implementation", PALLAS)
+def test_gradients_of_any_shape(implementation, rows, inner, columns, shares, half):
+    total = max(sum(shares), 1)
+    sizes = jnp.array([rows * s // total for s in shares], jnp.int32)
+    x, w = draw(rows, inner, columns, len(sizes), "bfloat16" if half else "float32")
+    # The definition rounds what comes back once more in bfloat16.
+    tolerance = 3e-2 if half else 2e-5
+    MATMUL.check(
+        implementation, (x, w, sizes), interpret=True, dirty=tail_of(sizes, np.nan),
+        tolerance=tolerance,
+    )  # fmt: skip
+
+
+@settings(max_examples=2)
+@given(
+    rows=st.integers(2, 40),
+    inner=st.integers(1, 140),
+    columns=st.integers(1, 140),
+    groups=st.integers(1, 4),
+)
+def test_gradients_of_any_experts(rows, inner, columns, groups):
+    """Of x, both matrices and the row's score."""
+    spec = ArgSpec("any", rows, inner, columns, groups, "swiglu", "float32")
+    parity, arguments, sizes = call_of(spec)
+    parity.check(
+        "pallas_tpu", arguments, interpret=True, dirty=tail_of(sizes, np.nan), tolerance=2e-5
+    )
+
+
 @pytest.mark.parametrize("implementation", ("reference", *XLA))
 def test_bfloat16_accumulates_in_float32(implementation):
     x, w = draw(16, 513, 4, 2, "bfloat16")

@@ -12,6 +12,7 @@ from parity import Parity
 
 from jaxherd.core.errors import JaxherdError
 from jaxherd.kernels import AttentionMask, PagePool, attention, paged_attention
+from jaxherd.kernels.paged_attention import pallas_gpu
 from jaxherd.kernels.paged_attention import schedule as schedules
 from jaxherd.kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec
 
@@ -76,14 +77,29 @@ def lengths_of(spec, seed=0):
     return [spec.length, int(rng.integers(spec.new, spec.length)), 0, 1][: spec.batch]
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("name", ARG_SPECS)
-def test_kernel_is_the_reference(name):
+def test_kernel_is_the_reference(name, implementation):
     spec = ARG_SPECS[name].shrunk()
     lengths = lengths_of(spec)
     q, pool, table, _, _ = filled(spec, lengths)
     table = forgotten(spec, table, lengths)
     Parity(call(spec), (), TOLERANCE).check(
-        "pallas_tpu", (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
+        implementation, (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
+    )
+
+
+@pytest.mark.parametrize("name", ["scout_chunked", "mobilellm_pro_full_int8", "scout_draft_4"])
+def test_triton_divides_long_sequences(name, monkeypatch):
+    """Among several programs, some of which find nothing to do."""
+    monkeypatch.setattr(pallas_gpu, "_SHARE", 1)
+    spec = dataclasses.replace(ARG_SPECS[name].shrunk(), batch=3)
+    assert pallas_gpu.shares(3, spec.kv_heads, 4) == 4
+    lengths = lengths_of(spec)
+    q, pool, table, _, _ = filled(spec, lengths)
+    table = forgotten(spec, table, lengths)
+    Parity(call(spec), (), TOLERANCE).check(
+        "pallas_gpu", (q, pool, table, jnp.asarray(lengths)), interpret=True, gradients=False
     )
 
 
@@ -97,23 +113,38 @@ def test_by_row_is_the_reference(name):
     Parity(call(spec), (), TOLERANCE).check("by_row", given_, gradients=False)
 
 
-@given(
+SHAPES = dict(
     kind=st.sampled_from(["causal", "chunked", "sliding_window"]), size=st.integers(1, 100),
     page_size=st.sampled_from([8, 16]), pages=st.integers(1, 9), new=st.integers(1, 3),
     groups=st.sampled_from([1, 4, 5, 8]), seed=st.integers(0, 99), batch=st.integers(1, 4),
 )  # fmt: skip
-@settings(max_examples=8)
-def test_any_shape(kind, size, page_size, pages, new, groups, seed, batch):
+
+
+def check_any(implementation, kind, size, page_size, pages, new, groups, seed, batch):
     spec = ArgSpec(
         "any", batch, page_size * pages, 2 * groups, 2, 64, kind, size, page_size, new,
         "float32", "float32",
     )  # fmt: skip
     lengths = np.random.default_rng(seed).integers(0, spec.length + 1, batch).tolist()
-    q, pool, table, k, v = filled(spec, lengths, seed)
-    table = forgotten(spec, table, lengths)
-    given_ = (q, pool, table, jnp.asarray(lengths))
-    Parity(call(spec), (), TOLERANCE).check("pallas_tpu", given_, interpret=True, gradients=False)
-    Parity(call(spec), (), TOLERANCE).check("by_row", given_, gradients=False)
+    q, pool, table, _, _ = filled(spec, lengths, seed)
+    given_ = (q, pool, forgotten(spec, table, lengths), jnp.asarray(lengths))
+    interpret = implementation.startswith("pallas")
+    Parity(call(spec), (), TOLERANCE).check(
+        implementation, given_, interpret=interpret, gradients=False
+    )
+
+
+@given(**SHAPES)
+@settings(max_examples=8)
+def test_any_shape(**drawn):
+    check_any("pallas_tpu", **drawn)
+    check_any("by_row", **drawn)
+
+
+@given(**{**SHAPES, "page_size": st.sampled_from([16, 32])})
+@settings(max_examples=4)
+def test_any_shape_through_triton(**drawn):
+    check_any("pallas_gpu", **drawn)
 
 
 @pytest.mark.parametrize("kind, size", [("causal", None), ("chunked", 24), ("sliding_window", 20)])
@@ -206,3 +237,5 @@ def test_what_does_not_fit_is_said():
     pool = PagePool.empty(4, 12, 2, 64, jnp.bfloat16)
     with pytest.raises(JaxherdError, match="pages of 12 bfloat16 tokens are no multiple of 16"):
         paged_attention(q, pool, table, lengths, implementation="pallas_tpu")
+    with pytest.raises(JaxherdError, match="12 tokens are no power of two from 16 on"):
+        paged_attention(q, pool, table, lengths, implementation="pallas_gpu")

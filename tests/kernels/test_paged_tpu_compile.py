@@ -2,13 +2,11 @@
 
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
+from programs import paged_program
 from test_attention_tpu_compile import compiled
 
-from jaxherd.kernels import PagePool, paged_attention
-from jaxherd.kernels.paged_attention.arg_specs import ARG_SPECS, ArgSpec
+from jaxherd.kernels.paged_attention.arg_specs import ARG_SPECS
 from jaxherd.planning.mosaic import TOPOLOGIES
 
 pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install 'jaxherd[tpu]'")
@@ -21,26 +19,9 @@ QUICK = [
 ]
 
 
-def program(spec: ArgSpec):
-    """Return (function, abstract arguments); a pool that holds a chunk of every sequence."""
-    pages = -(-spec.length // spec.page_size)
-    held = spec.batch * min(pages, 64) + 1
-    pool = jax.eval_shape(
-        lambda: PagePool.empty(held, spec.page_size, spec.kv_heads, spec.head_dim, spec.dtype)
-    )
-    q = jax.ShapeDtypeStruct((spec.batch, spec.new, spec.heads, spec.head_dim), spec.query_dtype)
-    table = jax.ShapeDtypeStruct((spec.batch, pages), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
-
-    def run(q, pool, table, lengths):
-        return paged_attention(q, pool, table, lengths, kind=spec.kind, size=spec.size)
-
-    return run, (q, pool, table, lengths)
-
-
 def check(chip, name):
     spec = ARG_SPECS[name]
-    text = compiled(chip, *program(spec))
+    text = compiled(chip, *paged_program(spec))
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     assert len(calls) == 1 and calls[0].startswith("paged_attention"), "chosen by platform"
     pool = f"[{spec.batch * min(-(-spec.length // spec.page_size), 64) + 1},"

@@ -41,7 +41,7 @@ def attention(
       temperature_BT: a factor on each query, the same for its heads (Llama 4's layers without
         RoPE, llama4.md 2.3); the product is rounded to the queries' dtype.
       implementation: "reference" (the definition), "xla" (blocked when long), "splash" (jax's
-        splash attention, TPU), "pallas_gpu" (jax's Triton kernel), "gather" or "ring" (where
+        splash attention, TPU), "pallas_gpu" (ours, through Triton), "gather" or "ring" (where
         the length is sharded, see `sequence_parallel`) or None, which takes gather where the length
         is sharded, splash on TPU where it applies and its padding is small, and xla otherwise.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
@@ -99,7 +99,15 @@ def _attend(q_BTHD, k_BSKD, v_BSKD, mask: AttentionMask, factor: float, implemen
 def _splash_pays(q_BTHD, k_BSKD, mask) -> bool:
     from jaxherd.kernels.attention import splash
 
-    length = q_BTHD.shape[1]
-    # Short rows would be padded to a block of 128; their whole scores are cheap.
-    fits = length % 128 == 0 or length >= 1024
+    length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
+    fits = _fills_blocks(length)
+    if mask.kind == "bidirectional" and keys != length:
+        # Of keys in an order a kernel skips what it must not see; these are padded to whole blocks.
+        # Scores of a single one stay in fast memory without a kernel (README.md).
+        fits &= keys > 128 and _fills_blocks(keys)
     return platform() == "tpu" and fits and splash.unsupported(q_BTHD, k_BSKD, mask) is None
+
+
+def _fills_blocks(length: int) -> bool:
+    """Whether little of the blocks of 128 is padding: where it is much, whole scores are cheap."""
+    return length >= 1024 or -length % 128 <= length // 16

@@ -22,6 +22,7 @@ class ArgSpec:
       heads, kv_heads, head_dim: N, K, H.
       kind, size: the rule.
       packed: several documents a row, with padding at its end.
+      scattered: keys are neither the queries' tokens nor in an order; some of them are empty.
       dtype: of the arrays.
       trained: also the gradients run.
     """
@@ -35,6 +36,7 @@ class ArgSpec:
     size: int | None = None
     keys: int | None = None
     packed: bool = False
+    scattered: bool = False
     dtype: str = "bfloat16"
     trained: bool = False
     batch: int = 1
@@ -50,8 +52,13 @@ class ArgSpec:
             heads=groups * min(self.kv_heads, 2 if groups < 4 else 1),
             kv_heads=min(self.kv_heads, 2 if groups < 4 else 1),
             size=None if self.size is None else max(1, int(self.size * factor)),
-            keys=None if self.keys is None else length + 256,
+            keys=self._shrunk_keys(length),
         )
+
+    def _shrunk_keys(self, length: int) -> int | None:
+        if self.keys is None or self.scattered:
+            return self.keys and min(self.keys, length + 1)
+        return length + 256
 
 
 _LLAMA4 = (
@@ -69,6 +76,31 @@ _OTHERS = (
     ArgSpec("mobilellm_pro_local", 2048, 20, 4, 64, "sliding_window", 512, trained=True),
     ArgSpec(
         "mobilellm_pro_packed", 2048, 20, 4, 64, "sliding_window", 512, packed=True, trained=True
+    ),
+    # Frames of MelodyFlow's 1B and 400M models that see themselves, or a text, and the zero slot.
+    ArgSpec(
+        "velocity_slot",
+        752,
+        24,
+        24,
+        64,
+        "bidirectional",
+        keys=753,
+        scattered=True,
+        trained=True,
+        batch=4,
+    ),
+    ArgSpec(
+        "velocity_cross",
+        752,
+        16,
+        16,
+        64,
+        "bidirectional",
+        keys=33,
+        scattered=True,
+        trained=True,
+        batch=4,
     ),
     # Clips of several lengths, without the zero slot: padding at the end of every row.
     ArgSpec(

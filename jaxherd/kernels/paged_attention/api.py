@@ -1,5 +1,7 @@
 """One entry to attention over a paged cache."""
 
+import importlib
+from types import ModuleType
 from typing import Literal
 
 import jax
@@ -12,7 +14,7 @@ from jaxherd.core.platform import platform
 from jaxherd.kernels.paged_attention import by_row, reference
 from jaxherd.kernels.paged_attention.pool import PagePool
 
-IMPLEMENTATIONS = ("reference", "by_row", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "by_row", "pallas_tpu", "pallas_gpu")
 
 
 def paged_attention(
@@ -43,8 +45,9 @@ def paged_attention(
       kind, size: the rule, as of `AttentionMask`.
       scale, temperature_BT: as of `attention`.
       implementation: "reference" (gather, then attend), "by_row" (one sequence after the other),
-        "pallas_tpu", or None, which takes pallas_tpu on TPU where it applies and by_row on CPU.
-      interpret: run the Pallas kernel in interpret mode, for tests on CPU.
+        "pallas_tpu", "pallas_gpu" (ours through Triton; compiled for H100, not timed), or None,
+        which takes pallas_tpu on TPU where it applies, by_row on CPU and reference elsewhere.
+      interpret: run a Pallas kernel in interpret mode, for tests on CPU.
     Returns:
       [B, T, N, H]; a token at a negative position (length below T) gives zeros.
     Raises:
@@ -63,25 +66,26 @@ def paged_attention(
             f"paged_attention: no implementation {implementation!r}; "
             + nearest(implementation, IMPLEMENTATIONS)
         )
-    from jaxherd.kernels.paged_attention import pallas_tpu
-
-    reason = pallas_tpu.unsupported(q_BTNH, pool)
     if implementation is None:
-        best = {"tpu": "pallas_tpu" if reason is None else "reference", "cpu": "by_row"}
-        implementation = best.get(platform(), "reference")
-    if implementation == "pallas_tpu" and reason is not None:
-        raise JaxherdError(
-            f"paged_attention: pallas_tpu cannot run because {reason}; use 'reference'."
-        )
+        best = {"tpu": "pallas_tpu", "cpu": "by_row"}.get(platform(), "reference")
+        takes = best != "pallas_tpu" or _kernel(best).unsupported(q_BTNH, pool) is None
+        implementation = best if takes else "reference"
+    elif implementation.startswith("pallas"):
+        reason = _kernel(implementation).unsupported(q_BTNH, pool)
+        if reason is not None:
+            raise JaxherdError(
+                f"paged_attention: {implementation} cannot run because {reason}; use 'reference'."
+            )
     if temperature_BT is not None:
         q_BTNH = (q_BTNH * temperature_BT[:, :, None, None]).astype(q_BTNH.dtype)
     factor = float(head_dim**-0.5 if scale is None else scale)
-    if implementation != "pallas_tpu":
+    if not implementation.startswith("pallas"):
         attend = {"reference": reference, "by_row": by_row}[implementation].attend
         return attend(q_BTNH, pool, page_table_BQ, lengths_B, kind, size, factor)
 
     def local(q, pool, table, lengths):
-        return pallas_tpu.attend(q, pool, table, lengths, kind, size, factor, interpret=interpret)
+        attend = _kernel(implementation).attend
+        return attend(q, pool, table, lengths, kind, size, factor, interpret=interpret)
 
     partitioner = sharding.active()
     if partitioner is None or partitioner.mesh.size == 1:
@@ -106,3 +110,7 @@ def paged_attention(
         out_specs=PartitionSpec(None, None, axes),
         check_vma=False,
     )(q_BTNH, pool, page_table_BQ, lengths_B)
+
+
+def _kernel(implementation: str) -> ModuleType:
+    return importlib.import_module(f"jaxherd.kernels.paged_attention.{implementation}")

@@ -9,6 +9,7 @@ from jaxherd.core.sharding import Partitioner
 from jaxherd.core.targets import abstract_devices, parse_target
 from jaxherd.kernels import quantized_matmul
 from jaxherd.kernels.quantized_matmul.arg_specs import ARG_SPECS, ArgSpec
+from jaxherd.planning.hlo import parse_hlo
 
 SLICES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 # Groups, fp8, float16 scales, int8; all entries on all chips under `tpu_compile_full`.
@@ -101,3 +102,14 @@ def test_triton(name, dtype):
     program, kernels = compiled(partitioner, [name], dtype, "pallas_gpu")
     text = program.as_text()
     assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") >= kernels, text
+    # The codes are decoded inside of the kernels: nothing else in the program reads them.
+    module = parse_hlo(text)
+    entry = module.computations[module.entry]
+    codes = ARG_SPECS[name].abstract(dtype)[1].values
+    stored = {
+        i.name for i in entry.instructions
+        if i.opcode == "parameter" and i.shapes[0].dims == codes.shape and i.bytes == codes.size
+    }  # fmt: skip
+    readers = [i for i in entry.instructions if stored & set(i.operands)]
+    assert len(stored) == 1 and len(readers) == kernels
+    assert {i.opcode for i in readers} == {"custom-call"}
