@@ -44,6 +44,14 @@ def test_generate_follows_the_seed_and_draws(model, tmp_path, capsys):
     assert "network evaluations: 8; latent std" in capsys.readouterr().out
 
 
+def test_a_text_encoder_is_for_models_of_texts(model, song, tmp_path, capsys):
+    given = ["--out", str(tmp_path / "x.wav"), "--text-encoder", str(tmp_path)]
+    for line in (["generate", model], ["edit", model, song, "--prompt", "orchestral"]):
+        assert main(["music", *line, *given]) == 2
+        assert "is conditioned on labels, not on texts" in capsys.readouterr().err
+    assert not (tmp_path / "x.wav").exists()
+
+
 @pytest.mark.parametrize("method", ["regularized", "sdedit"])
 def test_edit_keeps_the_length(model, song, tmp_path, method, capsys):
     out = tmp_path / "edited.wav"
