@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    names = ("log-mel", "notes", "onsets", "contours")
+    names = ("log-mel", "notes", "onsets", "contours", "pitch")
     parser.add_argument("--embeddings", nargs="+", choices=(*names, "tagger"), default=names)
     a = parser.parse_args()
 
