@@ -130,3 +130,8 @@ def test_readme_names_what_exists():
     for target in re.findall(r"^make ([\w-]+)", text, flags=re.MULTILINE):
         makefile = (ROOT / "Makefile").read_text()
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_notebook_is_run():
+    tests = {p.stem for p in (ROOT / "tests" / "notebooks").glob("test_*.py")}
+    assert tests == {f"test_{p.stem}_notebook" for p in (ROOT / "notebooks").glob("*.py")}

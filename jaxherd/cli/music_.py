@@ -26,6 +26,7 @@ def generate(
     solver: Literal["midpoint", "euler"] = "midpoint",
     cfg: float = 4.0,
     seed: int = 0,
+    text_encoder: str | None = None,
     plot: Path | None = None,
     on: str = "cpu",
 ) -> int:
@@ -46,6 +47,8 @@ def generate(
         solver: midpoint (even steps) or euler.
         cfg: guidance w of v = (1 + w) v_text - w v_null; at most 100.
         seed: of the noise.
+        text_encoder: folder of the T5 encoder with its tokenizer, in place of the one that the model
+            names.
         plot: also draw spectrogram and latents to this .png file.
         on: cpu, gpu or tpu.
     """
@@ -55,7 +58,7 @@ def generate(
     plan = SamplingPlan(steps, solver, cfg_coef=cfg)
     if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 600):
         raise JaxherdError(f"--seconds {seconds}: give a length above 0 and up to 600 s.")
-    loaded = _load(model, on)
+    loaded = _load(model, on, text_encoder)
     loaded.condition(prompt)
     _tell_prompt(prompt)
     _tell_length(seconds or loaded.clip_seconds, loaded)
@@ -81,6 +84,7 @@ def edit(
     steps: int | None = None,
     cfg: float = 4.0,
     seed: int = 0,
+    text_encoder: str | None = None,
     plot: Path | None = None,
     on: str = "cpu",
 ) -> int:
@@ -104,6 +108,8 @@ def edit(
             ddim_midpoint.
         cfg: guidance of the generation; at most 100.
         seed: of the posterior's sample and of the inversion.
+        text_encoder: folder of the T5 encoder with its tokenizer, in place of the one that the model
+            names.
         plot: also draw spectrograms and latents to this .png file.
         on: cpu, gpu or tpu.
     """
@@ -116,7 +122,7 @@ def edit(
     given = {} if steps is None else {"steps": steps}
     plan = inversion(method, target_flowstep=target_flowstep, **given)
     check_guidance(cfg)
-    wave, loaded = _source(model, source, on)
+    wave, loaded = _source(model, source, on, text_encoder)
     loaded.condition(prompt)
     loaded.condition(source_prompt)
     _tell_prompt(prompt)
@@ -228,20 +234,20 @@ def _statistics(loaded: Any) -> str:
     return statistics_digest(np.asarray(loaded.mean), np.asarray(loaded.std))
 
 
-def _load(model: str, on: str) -> Any:
+def _load(model: str, on: str, text_encoder: str | None = None) -> Any:
     common.local_devices(on)
     from jaxherd.methods.music_files import load_music
 
-    return load_music(model)
+    return load_music(model, text_encoder=text_encoder)
 
 
-def _source(model: str, source: Path, on: str) -> tuple[np.ndarray, Any]:
+def _source(model: str, source: Path, on: str, text_encoder: str | None) -> tuple[np.ndarray, Any]:
     """Return (wave [T, C] at the model's rate, the model); the file is read before the model."""
     from jaxherd.data.audio.files import audio_info, read_audio, resample, with_channels
 
     info = audio_info(source, max_seconds=600.0)
     wave, rate = read_audio(source, max_seconds=600.0)
-    loaded = _load(model, on)
+    loaded = _load(model, on, text_encoder)
     _tell_source(source, info, loaded)
     _tell_silence(source, float(np.abs(wave).max()))
     wave = with_channels(wave, loaded.channels)

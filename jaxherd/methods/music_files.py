@@ -4,6 +4,7 @@ A saved model is `config.json` with the statistics and the names of labels, and 
 and `flow` in the format of `jaxherd.weights.save`.
 """
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ from jaxherd.methods.codec_training import CodecTraining
 from jaxherd.methods.music_model import MusicModel
 from jaxherd.methods.published_music import is_published, load_published
 from jaxherd.models.seanet import AudioAutoencoder
-from jaxherd.models.velocity_transformer import VelocityTransformer
+from jaxherd.models.velocity_transformer import TextStates, VelocityTransformer
 from jaxherd.weights import registry
 from jaxherd.weights.load import load
 from jaxherd.weights.save import check_target, save
@@ -36,6 +37,7 @@ def load_music(
     codec: str = "codec",
     latents: str = "latents",
     flow: str = "flow",
+    text_encoder: str | None = None,
     dtype: Any = None,
 ) -> MusicModel:
     """Return the music model at `source`.
@@ -44,10 +46,28 @@ def load_music(
       source: the folder of a run, one that `save_music` wrote, or one of the two files that were
         published (`jaxherd.methods.published_music`), as `resolve` takes it.
       codec, latents, flow: names of a run's stages.
+      text_encoder: source of the T5 encoder with its tokenizer, in place of the one that the model
+        names (where the folder lies elsewhere now, say); its states must be of the same width.
       dtype: of all weights; None keeps the checkpoint's own.
     Raises:
-      JaxherdError: none of the three, a stage that has not run yet, or parts that do not fit.
+      JaxherdError: none of the three, a stage that has not run yet, parts that do not fit, or a text
+        encoder for a model whose conditions are no texts.
     """
+    model = _load(source, codec, latents, flow, dtype)
+    if text_encoder is None:
+        return model
+    if not isinstance(model.velocity.config.conditioner, TextStates):
+        kind = "labels" if model.labels else "nothing"
+        raise JaxherdError(
+            f"text_encoder={text_encoder!r}: the model at {os.fspath(source)!r} is conditioned on "
+            f"{kind}, not on texts: leave it away."
+        )
+    return dataclasses.replace(model, text_encoder=text_encoder)
+
+
+def _load(
+    source: str | os.PathLike[str], codec: str, latents: str, flow: str, dtype: Any
+) -> MusicModel:
     folder = resolve(os.fspath(source))
     path = folder / "config.json"
     if path.is_file() and registry.read_json(path).get("format") == FORMAT:

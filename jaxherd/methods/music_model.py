@@ -164,7 +164,8 @@ class MusicModel:
         if self.text_encoder is None:
             raise JaxherdError(
                 "the model's conditions are text and it names no text encoder: give "
-                "text_encoder=, the source of the T5 encoder it was trained with."
+                "text_encoder= (`jaxherd music --text-encoder`), the source of the T5 encoder it was "
+                "trained with."
             )
         return text_encoder(self.text_encoder)
 

@@ -44,6 +44,14 @@ def test_generate_follows_the_seed_and_draws(model, tmp_path, capsys):
     assert "network evaluations: 8; latent std" in capsys.readouterr().out
 
 
+def test_a_text_encoder_is_for_models_of_texts(model, song, tmp_path, capsys):
+    given = ["--out", str(tmp_path / "x.wav"), "--text-encoder", str(tmp_path)]
+    for line in (["generate", model], ["edit", model, song, "--prompt", "orchestral"]):
+        assert main(["music", *line, *given]) == 2
+        assert "is conditioned on labels, not on texts" in capsys.readouterr().err
+    assert not (tmp_path / "x.wav").exists()
+
+
 @pytest.mark.parametrize("method", ["regularized", "sdedit"])
 def test_edit_keeps_the_length(model, song, tmp_path, method, capsys):
     out = tmp_path / "edited.wav"
@@ -212,17 +220,17 @@ def test_bad_recordings_are_one_sentence(model, tmp_path, capsys, verb, more):
 
 
 def test_long_recordings_are_encoded_in_pieces_and_not_edited(tmp_path, capsys, monkeypatch):
-    """An edit refuses it by the header alone; encoding holds two pieces and the latents (hours: test_files.py)."""
+    """An edit refuses it by the header alone; encoding holds two pieces and the latents."""
     monkeypatch.setattr(music_model, "FRAMES_PER_CHUNK", 25)
     small = tiny_music.SLOW
     folder = str(save_music(tiny_music.music_model(codec=small), tmp_path / "model"))
-    path, minutes = tmp_path / "long.flac", 11
+    path, minutes = tmp_path / "long.flac", 180  # three hours
     with soundfile.SoundFile(path, "w", tiny_music.RATE, 1) as file:
         for minute in range(minutes):
             file.write(np.full(60 * tiny_music.RATE, 0.3 * (minute % 2), np.float32))
     out = tmp_path / "x.wav"
     assert main(["music", "edit", folder, str(path), "--out", str(out), *EDIT]) == 2
-    assert "660 s long, more than the 600 s" in capsys.readouterr().err
+    assert "10800 s long, more than the 600 s" in capsys.readouterr().err
     tracemalloc.start()
     try:
         latents = heard(folder, "encode", path, tmp_path)

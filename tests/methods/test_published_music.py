@@ -56,6 +56,7 @@ def test_both_files_are_one_model(model, folder):
     np.testing.assert_array_equal(one, two)
     np.testing.assert_allclose(loaded.autoencoder.latent_std, 1.0)
     assert load_published(folder, text_encoder="mine").text_encoder == "mine"
+    assert load_music(folder, text_encoder="mine").text_encoder == "mine"
     half = load_music(folder, dtype="bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(split(half.velocity)[1])} == {"bfloat16"}
 

@@ -1,0 +1,16 @@
+"""The notebook llama4: the pair is in step, and every cell runs."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import run_notebook
+
+
+def test_pair_is_in_step():
+    run_notebook.check_pair("llama4")
+
+
+def test_every_cell_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    run_notebook.run_all_cells("llama4", tmp_path, {"image/png": 2})
