@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxherd.core.coded import is_coded
+
 Module = nnx.Module
 ModuleList = nnx.List
 M = TypeVar("M")
@@ -46,6 +48,21 @@ def parameter(value: jax.Array, axes: Axes) -> Parameter:
 def buffer(value: jax.Array, axes: Axes) -> Buffer:
     """Return an untrained variable whose dimensions carry the logical names `axes`."""
     return Buffer(value, axes=_checked(value, axes))
+
+
+def axes_of(variable: Any) -> Axes:
+    """Return the logical names of a variable's trailing dimensions, as they were declared."""
+    return variable.get_metadata("axes")
+
+
+def recode(variable: Any, code: Callable[[jax.Array], Any], axes: Axes) -> None:
+    """Let a variable of a module that is being built hold a code of its value.
+
+    The code is a pytree that stands for an array (`jaxherd.core.coded`) whose trailing dimensions
+    have the logical names `axes`.
+    """
+    variable.set_value(code(variable.get_value()))
+    variable.set_metadata(axes=axes)
 
 
 def _checked(value: jax.Array, axes: Axes) -> Axes:
@@ -134,12 +151,18 @@ def abstract(build: Callable[..., M], *args: Any) -> M:
 
 
 def cast_floating(tree: M, dtype: Any) -> M:
-    """Return the tree with every floating-point leaf in `dtype`; `None` leaves it as it is."""
+    """Return the tree with every floating-point leaf in `dtype`; `None` leaves it as it is.
+
+    Weights in few bits stay as they are, their scales too.
+    """
     if dtype is None:
         return tree
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+
+    def cast(x):
+        plain = not is_coded(x) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if plain else x
+
+    return jax.tree.map(cast, tree, is_leaf=is_coded)
 
 
 def _name(path: tuple) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxherd.core import axes as vocabulary
+from jaxherd.core.coded import is_coded
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.layouts import Layout, Rule
 
@@ -122,16 +123,19 @@ class Partitioner:
     def tree_shardings(self, axes_tree: Any, shapes: Any) -> Any:
         """Return the shardings of a tree of arrays or shapes with a like tree of axis names.
 
+        The names of weights in few bits are those of the matrix that they stand for.
+
         Raises:
           JaxherdError: a leaf that its mesh axes do not divide, named by its path.
         """
 
         def one(path, leaf, names):
-            return self.sharding(
-                names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/")
-            )
+            what = jax.tree_util.keystr(path, simple=True, separator="/")
+            if is_coded(leaf):
+                return leaf.shardings(self, names, what)
+            return self.sharding(names, leaf.shape, what)
 
-        return jax.tree_util.tree_map_with_path(one, shapes, axes_tree)
+        return jax.tree_util.tree_map_with_path(one, shapes, axes_tree, is_leaf=is_coded)
 
     def replicated(self) -> NamedSharding:
         """Return the sharding of an array that every device holds whole."""

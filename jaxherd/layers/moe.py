@@ -17,6 +17,7 @@ from jaxherd.core import sharding
 from jaxherd.core.matmul_format import active_format
 from jaxherd.core.modules import Module, buffer, parameter
 from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from jaxherd.kernels.quantized_matmul import QuantizedMatrix
 from jaxherd.layers import fp8
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
@@ -161,21 +162,34 @@ class Moe(Module):
             ("expert",), partitioner.spec(("expert",)), (self.config.num_experts,), "experts"
         )
 
+        P = jax.sharding.PartitionSpec
+        inward, outward = P(experts, None, columns), P(experts, columns, None)
+        specs = [
+            _spec(partitioner, w, spec, name)
+            for w, spec, name in zip(weights, (inward, inward, outward), ("gate", "up", "down"))
+        ]
+
         def local(x, chosen, gates, gate, up, down):
             return _experts_of_device(
                 x, chosen, gates, gate, up, down, self.config, implementation,
                 expert_axis[0] if expert_axis else None, tensor_axes,
             )  # fmt: skip
 
-        P = jax.sharding.PartitionSpec
         return jax.shard_map(
             local,
             mesh=partitioner.mesh,
-            in_specs=(tokens, tokens, tokens, P(experts, None, columns), P(experts, None, columns),
-                      P(experts, columns, None)),
+            in_specs=(tokens, tokens, tokens, *specs),
             out_specs=tokens,
             check_vma=False,
-        )(x_BTD, chosen_BTk, gates_BTk, *weights)  # fmt: skip
+        )(x_BTD, chosen_BTk, gates_BTk, *weights)
+
+
+def _spec(partitioner: sharding.Partitioner, w, spec: jax.sharding.PartitionSpec, name: str):
+    """Return how the experts' matrices are split, each part of a code as its matrix."""
+    if not isinstance(w, QuantizedMatrix):
+        return spec
+    w.check_cut(partitioner, spec, f"the experts' {name}")
+    return w.specs(spec)
 
 
 def _axis_names(part) -> tuple[str, ...]:
@@ -237,7 +251,7 @@ def _experts_of_device(
     rows_RD = permute(jnp.repeat(x_ND, config.top_k, axis=0), order_R, back_R)
     sorted_gate_R1 = permute(gate_R1, order_R, back_R)
 
-    compute = functools.partial(_swiglu_experts, implementation)
+    compute = functools.partial(_swiglu_experts, implementation, tensor_axes=tensor_axes)
     weights = (gate_EDF, up_EDF, down_EFD)
     if expert_axis is None:
         # The kernel multiplies by the score, which saves a pass over the rows.
@@ -259,14 +273,15 @@ def _experts_of_device(
 
 
 def _swiglu_experts(
-    implementation, rows_RD, sizes_E, weights, score_R=None, *, expected_rows=None
+    implementation, rows_RD, sizes_E, weights, score_R=None, *, expected_rows=None, tensor_axes=()
 ):  # fmt: skip
     """Return (silu(u W_gate) * u W_up) W_down of each row's expert, u = score x row.
 
-    Rows are sorted by expert.
+    Rows are sorted by expert; F may be split over `tensor_axes`.
     """
     gate_EDF, up_EDF, down_EFD = weights
-    eight_bits = active_format() == "fp8"
+    # What is in few bits already stays as it is.
+    eight_bits = active_format() == "fp8" and not isinstance(gate_EDF, QuantizedMatrix)
     # Of a `custom_vjp` the type checker knows no result.
     operand: Any = fp8.operand
     if eight_bits:
@@ -281,6 +296,7 @@ def _swiglu_experts(
         # rounded.
         hidden_RF = operand(fp8.product(hidden_RF), -1)
     out_RD = grouped_matmul(
-        hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, implementation=implementation
-    )
+        hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, across=tensor_axes,
+        implementation=implementation,
+    )  # fmt: skip
     return fp8.product(out_RD) if eight_bits else out_RD

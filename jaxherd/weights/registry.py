@@ -16,6 +16,7 @@ from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.layers.vector_quantiser import QuantiserConfig
+from jaxherd.layers.weight_format import WeightFormat
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
 from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
 from jaxherd.models.seanet import AudioAutoencoderConfig, SeanetConfig
@@ -52,6 +53,7 @@ CONFIG_CLASSES: list[type] = [
     TextStates,
     VelocityTransformerConfig,
     VisionTowerConfig,
+    WeightFormat,
 ]
 
 

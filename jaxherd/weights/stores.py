@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
