@@ -6,7 +6,6 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_files import Q, write
 from safetensors.numpy import load_file
 
 from jaxherd.core.errors import JaxherdError
@@ -15,6 +14,7 @@ from jaxherd.kernels import quantized_matmul
 from jaxherd.kernels.quantized_matmul.formats import from_gguf
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.weights.load import generation_defaults, load
+from tests.weights.gguf_files import Q, write
 
 
 def test_logits_equal_those_of_the_safetensors(golden_folder, tmp_path):

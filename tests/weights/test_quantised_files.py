@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import Q, write
 from safetensors.numpy import load_file
 
 import jaxherd
@@ -21,6 +20,7 @@ from jaxherd.models import presets
 from jaxherd.models.quantise import bytes_by_dtype, dequantised, quantise
 from jaxherd.weights import assemble as assemble_module
 from jaxherd.weights.stores import write_shards
+from tests.weights.gguf_files import Q, write
 
 TOKENS = jnp.asarray(np.random.RandomState(0).randint(0, 40, (2, 9)), jnp.int32)
 
