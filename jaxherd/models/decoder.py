@@ -15,7 +15,7 @@ Axis letters: B batch, T tokens, D width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -252,20 +252,18 @@ class Block(Module):
         return residual(x_BTD + y_BTD), cache, stats
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _as_configured(
-    method: Callable[Concatenate["Decoder", P], R],
-) -> Callable[Concatenate["Decoder", P], R]:
+def _as_configured(method: F) -> F:
     """Let the products of a method run as the config says."""
 
     @functools.wraps(method)
-    def run(self: "Decoder", *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(self, *args, **kwargs):
         with coded_products(self.config.matmul_implementation):
             return method(self, *args, **kwargs)
 
-    return run
+    return cast(F, run)
 
 
 class Decoder(Module):

@@ -28,7 +28,7 @@ from jaxherd.weights.hf_config import architecture_of, read_config, stores_fp8
 from jaxherd.weights.licence import LlamaMaterials, llama_materials
 from jaxherd.weights.mapping import Placement, Rule
 from jaxherd.weights.stored_codes import Fp8Store, GgufCodes, stored_formats
-from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
+from jaxherd.weights.stores import SafetensorsStore, TensorStore, open_folder, refuse_pickle
 from jaxherd.weights.trained import load_trained, trained_config, trained_folder
 
 __all__ = [
@@ -251,7 +251,7 @@ class _Canonical:
         return self._store.read(self._names[name])
 
 
-def _check_second_copy(store: _Canonical, table: str, head: str) -> None:
+def _check_second_copy(store: TensorStore, table: str, head: str) -> None:
     if (
         table in store.shapes
         and head in store.shapes

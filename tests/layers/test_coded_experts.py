@@ -1,5 +1,7 @@
 """Routed experts in few bits: kernels, rounded activations, the score on the input."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,9 @@ def test_the_mixture_against_every_expert_by_hand(scale):
     x = jax.random.normal(jax.random.key(1), (2, 3, 128))
     found, _ = jax.jit(lambda m, x: m(x))(moe, x)
     chosen, gates = route(jnp.einsum("BTD,DE->BTE", x, moe.router[...]), config)
-    gate, up, down = (w[...].dequantize() for w in (moe.gate, moe.up, moe.down))
+    experts: Any = (moe.gate[...], moe.up[...], moe.down[...])
+    gate, up, down = (w.dequantize() for w in experts)
+    assert moe.shared is not None
     wanted = moe.shared(x)
     for k in range(2):
         g = gates[..., k, None]

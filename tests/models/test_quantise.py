@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def test_codes_are_those_of_the_quantiser(recipe):
     new = restack(new, scan_layers=False)
     old, new = flatten(split(old)[1]), flatten(split(new)[1])
     assert old.keys() == new.keys()
-    options = {
+    options: dict[str, Any] = {
         "fp8_mixed": {"dtype": "float8_e4m3fn"},
     }.get(recipe, {"bits": 4, "group": 128, "convention": "absmax/8", "packed": True})
     for path, leaf in new.items():
@@ -185,7 +186,7 @@ def test_activations_are_in_the_dtype_of_the_other_weights():
     assert kept == {jnp.dtype(jnp.float32)}
     assert few.init_cache(1, 8)[0][0][0][0].k.dtype == jnp.bfloat16
     # Embeddings are the rows of the table that the head reads.
-    table = few.embedding.table[...].dequantize(jnp.bfloat16)
+    table = codes(few)["embedding/table"].dequantize(jnp.bfloat16)
     np.testing.assert_array_equal(few.embed(TOKENS)[0, 3], table[:, TOKENS[0, 3]])
     sizes = bytes_by_dtype(few)
     assert sizes["int8"] == sum(leaf.values.size for leaf in codes(few).values())

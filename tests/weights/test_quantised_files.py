@@ -159,7 +159,7 @@ def test_gguf_keeps_its_codes(folders, tmp_path, kind):
 
 
 def test_q4_1_blocks_of_one_value_are_exact():
-    w_NK = np.repeat(np.float32([[0.25, -3.0, 0.0]]), 32, axis=1).reshape(1, 96)
+    w_NK = np.repeat(np.array([[0.25, -3.0, 0.0]], np.float32), 32, axis=1).reshape(1, 96)
     blocks = gguf.quants.quantize(w_NK, Q.Q4_1)
     assert (blocks.reshape(3, 20)[:, :2] == 0).all()  # their scale is zero
     np.testing.assert_array_equal(formats.from_gguf(blocks, "Q4_1").dequantize().T, w_NK)
