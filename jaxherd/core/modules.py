@@ -145,6 +145,17 @@ def split(module: Any) -> tuple[Definition, Tree, Tree]:
     return Definition(graph, tuple(variables)), unflatten(params), unflatten(buffers)
 
 
+def map_parameters(module: M, change: Callable[[Any, Axes], Any]) -> M:
+    """Return the module with `change(value, axes)` in place of each trained value.
+
+    `axes` are the logical names of all dimensions of the value.
+    """
+    definition, params, buffers = split(module)
+    axes = flatten(definition.axes()[0])
+    changed = {name: change(value, axes[name]) for name, value in flatten(params).items()}
+    return definition.merge(unflatten(changed), buffers)
+
+
 def abstract(build: Callable[..., M], *args: Any) -> M:
     """Return `build(*args)` with shapes in place of arrays; nothing is allocated."""
     return jax.eval_shape(build, *args)

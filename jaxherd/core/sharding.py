@@ -184,6 +184,28 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(names, x.shape, "activation"))
 
 
+def gather_in_steps(value: Any, names: LogicalAxes) -> Any:
+    """Constrain a parameter to the first mesh axis of each of its dimensions.
+
+    A dimension over several mesh axes may have so few rows on a device (5,120 over 128 devices: 40)
+    that they fill no tile.  To gather these at once the TPU compiler writes zeros, puts the rows
+    among them and adds up all devices: twice the bytes, and a pass over the whole matrix on every
+    one.  In steps only the first, to the rows of one mesh axis, is of that kind.
+
+    Args:
+      value: an array, or a code of one, which is left as it is.
+      names: the logical axes of its dimensions.
+    """
+    partitioner = active()
+    if partitioner is None or is_coded(value):
+        return value
+    parts = partitioner.spec(names)
+    if not any(isinstance(part, tuple) for part in parts):
+        return value
+    first = PartitionSpec(*(part[0] if isinstance(part, tuple) else part for part in parts))
+    return jax.lax.with_sharding_constraint(value, NamedSharding(partitioner.mesh, first))
+
+
 def _tpu_grid(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
     """Order TPU devices so that each mesh axis runs along physical links where it can."""
     from jax.experimental import mesh_utils

@@ -62,9 +62,10 @@ def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
         return jax.lax.fori_loop(1, rounds, serve, y_RD)
 
     rounds = _rounds(sizes_PPe, quota)
+    rows_RD, out_RD = _beside(rows_RD, len(rows_RD))
     # The first round stands outside of the loop: only there can the compiler let rows travel
     # while it computes what does not wait for them, as the shared expert.
-    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, _unwritten(rows_RD)))
+    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, out_RD))
 
 
 def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
@@ -95,7 +96,8 @@ def _exchange_backward(compute, quota, axis, saved, dy_RD):
         return d_rows_RD, jax.tree.map(lambda d, w: d.astype(w.dtype), wide, d_weights)
 
     rounds = _rounds(sizes_PPe, quota)
-    first = serve(0, _unwritten(rows_RD))
+    dy_RD, out_RD = _beside(dy_RD, len(rows_RD))
+    first = serve(0, out_RD)
     d_rows_RD, d_weights = jax.lax.cond(rounds > 1, more, lambda carry: carry, first)
     return d_rows_RD, None, d_weights
 
@@ -108,9 +110,14 @@ def _rounds(sizes_PPe, quota: int):
     return (sizes_PPe.sum(axis=-1).max() + quota - 1) // quota
 
 
-def _unwritten(rows_RD):
-    """Return a buffer of which the rounds write every row once: filling it would cost a pass."""
-    return jax.lax.empty(rows_RD.shape, rows_RD.dtype)
+def _beside(rows_RD, count: int):
+    """Return the rows, and a buffer of `count` rows that is not filled: that would cost a pass.
+
+    Neither is there before the other.  A buffer of nothing would be the same for all layers of a
+    scan, so that the compiler made one before it and copied that in every layer.
+    """
+    empty = jax.lax.empty((count, rows_RD.shape[1]), rows_RD.dtype)
+    return jax.lax.optimization_barrier((rows_RD, empty))
 
 
 class _Round:
@@ -134,7 +141,7 @@ class _Round:
 
     def dispatch(self, rows_RD):
         """Return [C, D]: what arrives here, in order of sender; the tail holds anything."""
-        out = jax.lax.empty((self._capacity, rows_RD.shape[1]), rows_RD.dtype)
+        rows_RD, out = _beside(rows_RD, self._capacity)
         return _send(
             rows_RD, out, self._from_PP, self._counts_PP, self._to_PP, self._here, self._axis
         )

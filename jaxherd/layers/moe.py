@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxherd.core import sharding
 from jaxherd.core.matmul_format import active_format
-from jaxherd.core.modules import Module, buffer, parameter
+from jaxherd.core.modules import Module, axes_of, buffer, parameter
 from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from jaxherd.kernels.quantized_matmul import QuantizedMatrix
 from jaxherd.layers import fp8
@@ -162,16 +162,17 @@ class Moe(Module):
             ("expert",), partitioner.spec(("expert",)), (self.config.num_experts,), "experts"
         )
 
-        P = jax.sharding.PartitionSpec
-        inward, outward = P(experts, None, columns), P(experts, columns, None)
-        specs = [
-            _spec(partitioner, w, spec, name)
-            for w, spec, name in zip(weights, (inward, inward, outward), ("gate", "up", "down"))
-        ]
+        specs, cuts = zip(*(
+            _spec(partitioner, w, axes_of(variable), name)
+            for w, variable, name in zip(
+                weights, (self.gate, self.up, self.down), ("gate", "up", "down")
+            )
+        ))  # fmt: skip
 
-        def local(x, chosen, gates, gate, up, down):
+        def local(x, chosen, gates, *weights):
+            whole = (_gathered(w, *cut) for w, cut in zip(weights, cuts))
             return _experts_of_device(
-                x, chosen, gates, gate, up, down, self.config, implementation,
+                x, chosen, gates, *whole, self.config, implementation,
                 expert_axis[0] if expert_axis else None, tensor_axes,
             )  # fmt: skip
 
@@ -184,12 +185,34 @@ class Moe(Module):
         )(x_BTD, chosen_BTk, gates_BTk, *weights)
 
 
-def _spec(partitioner: sharding.Partitioner, w, spec: jax.sharding.PartitionSpec, name: str):
-    """Return how the experts' matrices are split, each part of a code as its matrix."""
-    if not isinstance(w, QuantizedMatrix):
-        return spec
-    w.check_cut(partitioner, spec, f"the experts' {name}")
-    return w.specs(spec)
+def _spec(partitioner: sharding.Partitioner, w, names: tuple[str | None, ...], name: str):
+    """Return how the experts' matrices arrive, and (dimension, mesh axes) along which they are cut.
+
+    What is cut along the model width is gathered where it is used (`_gathered`); a code, each part
+    of it as its matrix, arrives whole in that.
+    """
+    spec = partitioner.spec(names)
+    if isinstance(w, QuantizedMatrix):
+        spec = jax.sharding.PartitionSpec(
+            *(None if axis == "embed" else part for axis, part in zip(names, spec))
+        )
+        w.check_cut(partitioner, spec, f"the experts' {name}")
+        return w.specs(spec), (0, ())
+    cut = names.index("embed")
+    return spec, (cut, _axis_names(spec[cut]))
+
+
+def _gathered(w, cut: int, axes: tuple[str, ...]):
+    """Gather one dimension of the experts' matrices [E, ., .].
+
+    Of a lone expert's the first dimension is left out: to add up gradients the compiler puts the cut
+    dimension in front, and [D, 1, F] is another tiling in memory than [1, D, F].
+    """
+    if not axes:
+        return w
+    if w.shape[0] > 1:
+        return jax.lax.all_gather(w, axes, axis=cut, tiled=True)
+    return jax.lax.all_gather(w[0], axes, axis=cut - 1, tiled=True)[None]
 
 
 def _axis_names(part) -> tuple[str, ...]:

@@ -29,11 +29,13 @@ from jaxherd.core.modules import (
     ModuleList,
     abstract,
     flatten,
+    map_parameters,
     split,
     stacked,
     unflatten,
 )
 from jaxherd.core.remat import checkpointed
+from jaxherd.core.sharding import gather_in_steps
 from jaxherd.kernels.paged_attention import PagePool
 from jaxherd.layers.attention import Attention, AttentionConfig, SequenceInfo
 from jaxherd.layers.coded_product import coded_products
@@ -389,6 +391,7 @@ class Decoder(Module):
 
         def layer(carry, scanned, layers):
             (x, pools), (block, caches, number) = carry, scanned
+            block = map_parameters(block, gather_in_steps)
             written, stats, after = [], [], []
             for cached, pool in zip(caches, pools):
                 entry = cached if pool is None else PagedCache(pool, number, layers)
