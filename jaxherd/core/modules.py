@@ -51,8 +51,8 @@ def buffer(value: jax.Array, axes: Axes) -> Buffer:
 
 
 def axes_of(variable: Any) -> Axes:
-    """Return the logical names of a variable's trailing dimensions, as they were declared."""
-    return variable.get_metadata("axes")
+    """Return the logical names of a variable's dimensions; those of a stack it was cut from are gone."""
+    return _trailing(variable.get_metadata("axes"), len(variable.get_value().shape))
 
 
 def recode(variable: Any, code: Callable[[jax.Array], Any], axes: Axes) -> None:
@@ -69,6 +69,12 @@ def _checked(value: jax.Array, axes: Axes) -> Axes:
     if len(axes) != value.ndim:
         raise ValueError(f"axes {axes} do not name the {value.ndim} dimensions of {value.shape}")
     return tuple(axes)
+
+
+def _trailing(axes: Axes, dimensions: int) -> Axes:
+    """Stacking adds leading dimensions that a declaration does not know of, and a scan takes them."""
+    axes = axes[max(0, len(axes) - dimensions) :]
+    return ("layers",) * (dimensions - len(axes)) + axes
 
 
 def stacked(build: Callable[[jax.Array], M], key: jax.Array, count: int) -> M:
@@ -137,9 +143,7 @@ def split(module: Any) -> tuple[Definition, Tree, Tree]:
         if not issubclass(kind, Parameter | Buffer):
             raise TypeError(f"{_name(path)} is a {kind.__name__}: use parameter() or buffer()")
         value = variable.get_value()
-        axes = variable.get_metadata("axes")
-        # Stacking adds leading dimensions that the declaration does not know of.
-        axes = ("layers",) * (len(value.shape) - len(axes)) + axes
+        axes = _trailing(variable.get_metadata("axes"), len(value.shape))
         variables.append((path, kind, axes))
         (params if issubclass(kind, Parameter) else buffers)[_name(path)] = value
     return Definition(graph, tuple(variables)), unflatten(params), unflatten(buffers)
