@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -184,26 +185,39 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(names, x.shape, "activation"))
 
 
-def gather_in_steps(value: Any, names: LogicalAxes) -> Any:
-    """Constrain a parameter to the first mesh axis of each of its dimensions.
+def gather_rows(value: Any, names: LogicalAxes) -> Any:
+    """Gather what a parameter's dimension is cut over but for the first mesh axis; else return it.
 
-    A dimension over several mesh axes may have so few rows on a device (5,120 over 128 devices: 40)
-    that they fill no tile.  To gather these at once the TPU compiler writes zeros, puts the rows
-    among them and adds up all devices: twice the bytes, and a pass over the whole matrix on every
-    one.  In steps only the first, to the rows of one mesh axis, is of that kind.
+    So cut (5,120 over 128 devices: 40) it may have so few rows on a device that they fill no tile.
+    To gather these at once the TPU compiler writes zeros, puts the rows among them and adds up all
+    devices: twice the bytes, and a pass over the whole matrix on every one.  In steps only this
+    first one, to the rows of one mesh axis, is of that kind; `gather_whole` is the second.
 
     Args:
       value: an array, or a code of one, which is left as it is.
       names: the logical axes of its dimensions.
     """
+    return _constrained(value, names, whole=False)
+
+
+def gather_whole(value: Any, names: LogicalAxes) -> Any:
+    """Gather the rest of what `gather_rows` left; the gradient is added up over all at once."""
+    return _constrained(value, names, whole=True)
+
+
+def _constrained(value: Any, names: LogicalAxes, whole: bool) -> Any:
     partitioner = active()
     if partitioner is None or is_coded(value):
         return value
-    parts = partitioner.spec(names)
-    if not any(isinstance(part, tuple) for part in parts):
+    parts = list(partitioner.spec(names))
+    cut = next((i for i, part in enumerate(parts) if isinstance(part, tuple)), None)
+    if cut is None:
         return value
-    first = PartitionSpec(*(part[0] if isinstance(part, tuple) else part for part in parts))
-    return jax.lax.with_sharding_constraint(value, NamedSharding(partitioner.mesh, first))
+    axes = parts.pop(cut)
+    sharding = NamedSharding(partitioner.mesh, PartitionSpec(None if whole else axes[0], *parts))
+    # With the cut dimension in front, what is gathered lies in one piece.
+    moved = jax.lax.with_sharding_constraint(jnp.moveaxis(value, cut, 0), sharding)
+    return jnp.moveaxis(moved, 0, cut)
 
 
 def _tpu_grid(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:

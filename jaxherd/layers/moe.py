@@ -76,6 +76,9 @@ class MoeConfig:
 class RouterStats:
     """Sums over tokens, so that they add up over devices and microbatches.
 
+    A layer leaves them row by row of the batch, [B, ...]: added up over devices there, each layer
+    would wait for a collective of a few bytes.
+
     Attributes:
       load_E: how many rows each expert got.
       probability_E: sum of the softmax of the router logits (for the auxiliary loss; from the
@@ -129,7 +132,7 @@ class Moe(Module):
         *,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Return the output and the router's statistics.
+        """Return the output and the router's statistics, row by row.
 
         Args:
           x_BTD: normalised input.
@@ -142,19 +145,23 @@ class Moe(Module):
         bias_E = None if self.selection_bias is None else self.selection_bias[...]
         chosen_BTk, gates_BTk = route(logits_BTE, self.config, bias_E)
         stats = _stats(logits_BTE, chosen_BTk, counted_BT, self.config)
-        routed_BTD = self._routed(x_BTD, chosen_BTk, gates_BTk, implementation)
+        shared = () if self.shared is None else (self.shared.hidden(x_BTD),)
+        y_BTD, shared = self._routed(x_BTD, chosen_BTk, gates_BTk, shared, implementation)
         if self.shared is not None:
-            routed_BTD = routed_BTD + self.shared(x_BTD)
-        return routed_BTD, stats
+            # Behind a barrier: fused with the sum, the product would wait for the rows to come back.
+            y_BTD = y_BTD + jax.lax.optimization_barrier(self.shared.down(*shared))
+        return y_BTD, stats
 
-    def _routed(self, x_BTD, chosen_BTk, gates_BTk, implementation):
+    def _routed(self, x_BTD, chosen_BTk, gates_BTk, shared, implementation):
+        """Return (the routed experts' output, `shared`), half of which is done as rows travel."""
         weights = (self.gate[...], self.up[...], self.down[...])
         partitioner = sharding.active()
         if partitioner is None or partitioner.mesh.size == 1:
             return _experts_of_device(
-                x_BTD, chosen_BTk, gates_BTk, *weights, self.config, implementation
+                x_BTD, chosen_BTk, gates_BTk, *weights, shared, self.config, implementation
             )
         tokens = partitioner.spec(("batch", "length", None))
+        hidden = partitioner.spec(("batch", "length", "act_mlp"))
         columns = partitioner.spec((None, None, "expert_mlp"))[2]
         experts = partitioner.spec(("expert",))[0]
         expert_axis, tensor_axes = _axis_names(experts), _axis_names(columns)
@@ -169,20 +176,20 @@ class Moe(Module):
             )
         ))  # fmt: skip
 
-        def local(x, chosen, gates, *weights):
+        def local(x, chosen, gates, shared, *weights):
             whole = (_gathered(w, *cut) for w, cut in zip(weights, cuts))
             return _experts_of_device(
-                x, chosen, gates, *whole, self.config, implementation,
+                x, chosen, gates, *whole, shared, self.config, implementation,
                 expert_axis[0] if expert_axis else None, tensor_axes,
             )  # fmt: skip
 
         return jax.shard_map(
             local,
             mesh=partitioner.mesh,
-            in_specs=(tokens, tokens, tokens, *specs),
-            out_specs=tokens,
+            in_specs=(tokens, tokens, tokens, hidden, *specs),
+            out_specs=(tokens, hidden),
             check_vma=False,
-        )(x_BTD, chosen_BTk, gates_BTk, *weights)
+        )(x_BTD, chosen_BTk, gates_BTk, shared, *weights)
 
 
 def _spec(partitioner: sharding.Partitioner, w, names: tuple[str | None, ...], name: str):
@@ -246,10 +253,10 @@ def _stats(logits_BTE, chosen_BTk, counted_BT, config: MoeConfig) -> RouterStats
     rows_BTE = jax.nn.one_hot(chosen_BTk, config.num_experts, dtype=jnp.float32).sum(axis=2)
     z_BT = jax.nn.logsumexp(logits32, axis=-1) ** 2
     return RouterStats(
-        load_E=jnp.einsum("BTE,BT->E", rows_BTE, counted),
-        probability_E=jnp.einsum("BTE,BT->E", jax.nn.softmax(logits32, axis=-1), counted),
-        z=(z_BT * counted).sum(),
-        tokens=counted.sum(),
+        load_E=jnp.einsum("BTE,BT->BE", rows_BTE, counted),
+        probability_E=jnp.einsum("BTE,BT->BE", jax.nn.softmax(logits32, axis=-1), counted),
+        z=(z_BT * counted).sum(axis=1),
+        tokens=counted.sum(axis=1),
     )
 
 
@@ -260,12 +267,16 @@ def _experts_of_device(
     gate_EDF,
     up_EDF,
     down_EFD,
+    shared,
     config: MoeConfig,
     implementation,
     expert_axis: str | None = None,
     tensor_axes: tuple[str, ...] = (),
 ):
-    """Sort rows by expert, send them to the experts' owners, compute, return, sum over k."""
+    """Sort rows by expert, send them to the experts' owners, compute, return, sum over k.
+
+    `shared` is handed through (`exchange_rows`).
+    """
     batch = x_BTD.shape[0]
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
     expert_R = rearrange(chosen_BTk, "B T k -> (B T k)")
@@ -284,15 +295,16 @@ def _experts_of_device(
         # Rows that travel are written anyway: multiplied before, no score has to go with them.
         if config.scale == "input":
             rows_RD = rows_RD * sorted_gate_R1
-        out_RD = exchange_rows(
-            compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance
-        )
+        out_RD, shared = exchange_rows(
+            compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance,
+            beside=shared,
+        )  # fmt: skip
     if tensor_axes:
         out_RD = jax.lax.psum(out_RD, tensor_axes)
     if config.scale == "output":
         out_RD = out_RD * sorted_gate_R1
     out_NkD = rearrange(permute(out_RD, back_R, order_R), "(N k) D -> N k D", k=config.top_k)
-    return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)
+    return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch), shared
 
 
 def _swiglu_experts(

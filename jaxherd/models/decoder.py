@@ -35,7 +35,7 @@ from jaxherd.core.modules import (
     unflatten,
 )
 from jaxherd.core.remat import checkpointed
-from jaxherd.core.sharding import gather_in_steps
+from jaxherd.core.sharding import active, gather_rows, gather_whole
 from jaxherd.kernels.paged_attention import PagePool
 from jaxherd.layers.attention import Attention, AttentionConfig, SequenceInfo
 from jaxherd.layers.coded_product import coded_products
@@ -391,7 +391,7 @@ class Decoder(Module):
 
         def layer(carry, scanned, layers):
             (x, pools), (block, caches, number) = carry, scanned
-            block = map_parameters(block, gather_in_steps)
+            x, block = _gathered(x, block)
             written, stats, after = [], [], []
             for cached, pool in zip(caches, pools):
                 entry = cached if pool is None else PagedCache(pool, number, layers)
@@ -425,7 +425,9 @@ class Decoder(Module):
         )
         flat = [_unfold(output) for output in outputs]
         new_cache = pools if paged else tuple(o[0] for o in flat)
-        return x_BTD, new_cache, tuple(s for o in flat for s in o[1])
+        # Of every layer, over the rows of the batch.
+        stats = jax.tree.map(lambda x: x.sum(axis=1), tuple(s for o in flat for s in o[1]))
+        return x_BTD, new_cache, stats
 
     @_as_configured
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -507,6 +509,29 @@ def _score_tied(head: Embedding, hidden: jax.Array) -> jax.Array:
 def _score_untied(head: Linear, hidden: jax.Array) -> jax.Array:
     with matmul_format("plain"):  # logits are not rounded in any format
         return head(hidden).astype(jnp.float32)
+
+
+def _gathered(x_BTD: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+    """Return x and the block with its parameters gathered (`sharding.gather_rows`).
+
+    The small first steps are done before the layer begins: between the start and the end of a larger
+    collective over the same links they would wait for it.
+    """
+    partitioner = active()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return x_BTD, block
+    rows = map_parameters(block, gather_rows)
+    x_BTD, rows = _before(x_BTD, rows)
+    return x_BTD, map_parameters(rows, gather_whole)
+
+
+@jax.custom_vjp
+def _before(x, block):
+    return jax.lax.optimization_barrier((x, block))
+
+
+# The gradient of x does not wait for those of the parameters.
+_before.defvjp(lambda x, block: (_before(x, block), None), lambda _, gradients: gradients)
 
 
 def _scan(body, x, stacked_tree, length: int, backwards: bool):

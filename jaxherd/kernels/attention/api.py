@@ -65,7 +65,7 @@ def attention(
     factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     q_BTHD, k_BSKD, v_BSKD = mask.without_padding(q_BTHD, k_BSKD, v_BSKD)
     out_BTHD = _attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret)
-    if mask.contiguous:
+    if mask.contiguous or mask.finite_padding:
         return out_BTHD
     # What comes back for padding may be anything as well; kernels let padding attend to padding.
     return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTHD, 0)
