@@ -130,6 +130,7 @@ class Moe(Module):
         x_BTD: Float[Array, "B T D"],
         counted_BT: jax.Array | None = None,
         *,
+        onto_BTD: Float[Array, "B T D"] | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the output and the router's statistics, row by row.
@@ -137,6 +138,7 @@ class Moe(Module):
         Args:
           x_BTD: normalised input.
           counted_BT: which tokens the statistics count (padding does not); all by default.
+          onto_BTD: added to the output: what does not wait for the routed rows is added first.
           implementation: see `jaxherd.kernels.grouped_matmul`.
         """
         if counted_BT is None:
@@ -148,8 +150,12 @@ class Moe(Module):
         shared = () if self.shared is None else (self.shared.hidden(x_BTD),)
         y_BTD, shared = self._routed(x_BTD, chosen_BTk, gates_BTk, shared, implementation)
         if self.shared is not None:
-            # Behind a barrier: fused with the sum, the product would wait for the rows to come back.
-            y_BTD = y_BTD + jax.lax.optimization_barrier(self.shared.down(*shared))
+            shared_BTD = self.shared.down(*shared)
+            onto_BTD = shared_BTD if onto_BTD is None else onto_BTD + shared_BTD
+            # Fused with the last sum, the product would wait for the rows to come back.
+            onto_BTD = jax.lax.optimization_barrier(onto_BTD)
+        if onto_BTD is not None:
+            y_BTD = onto_BTD + y_BTD
         return y_BTD, stats
 
     def _routed(self, x_BTD, chosen_BTk, gates_BTk, shared, implementation):

@@ -246,12 +246,12 @@ class Block(Module):
             counted_BT = info.positions_BT >= 0
             if info.segments_BT is not None:
                 counted_BT &= info.segments_BT > 0
-            y_BTD, stats = self.feed_forward(
-                normed_BTD, counted_BT, implementation=model.moe_implementation
+            x_BTD, stats = self.feed_forward(
+                normed_BTD, counted_BT, onto_BTD=x_BTD, implementation=model.moe_implementation
             )
         else:
-            y_BTD = self.feed_forward(normed_BTD)
-        return residual(x_BTD + y_BTD), cache, stats
+            x_BTD = x_BTD + self.feed_forward(normed_BTD)
+        return residual(x_BTD), cache, stats
 
 
 F = TypeVar("F", bound=Callable[..., Any])
