@@ -26,6 +26,7 @@ def main(
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     max_tiles: int = 16,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    quantise: str | None = None,
     tokenizer: Path | None = None,
     guard: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     on: str = "cpu",
@@ -51,6 +52,8 @@ def main(
         image: a file that the model sees before the text of the prompt; may be given several times.
         max_tiles: an image is cut into at most so many tiles.
         dtype: of the weights; the source's own if not given.
+        quantise: keep weights in few bits: int8, int8_group32, int4, int4_group32; of Llama 4
+            int4_mixed, int4_mixed_offline, fp8_mixed; as_stored keeps the file's own codes.
         tokenizer: file or folder, if the source has none.
         guard: "builtin", a .toml or .json file of rules, or the folder of a trained guard; may be
             given several times.  What it vetoes is not shown, and the exit status is 3.
@@ -89,7 +92,7 @@ def main(
         tokens[int(begins) : int(begins)] = [i for ids in pictures for i in ids]
         print(text, end="", flush=True)
     # Without images the tower need not be read.
-    module = jaxherd.load(source, dtype=dtype, text_only=not image)
+    module = jaxherd.load(source, dtype=dtype, text_only=not image, quantise=quantise)
     stop_ids = defaults.eos_ids or words.stop_ids
     generator = Generator(module, words, stop_ids=stop_ids, guard=guards)
     request = Request(tuple(tokens), max_new_tokens, sampling, seed, tuple(stop), tiles)

@@ -21,6 +21,7 @@ def main(
     scale: Scale | None = None,
     batch: bool = True,
     fields: bool = False,
+    quantise: str | None = None,
 ) -> int:
     """Show each stage: what it reads and writes, and of those that train parameters, FLOPs, memory of
     the state per device, the layout, and one decoded batch.
@@ -34,6 +35,8 @@ def main(
         set: override any field of the experiment, by path; --fields lists them.
         scale: cpu, gpu or full; follows from --on if not given, and is full without both.
         batch: read and decode one batch of data (only at the cpu scale, where the data is small).
+        quantise: also show the bytes of the weights by dtype as they are served with this recipe: int8,
+            int8_group32, int4, int4_group32; of Llama 4 int4_mixed, int4_mixed_offline, fp8_mixed.
         fields: print only the fields that --set can change, as path=value with the values of now.
     """
     from jaxherd.core.targets import parse_target
@@ -50,7 +53,8 @@ def main(
         )
         return 0
     target = parse_target(on or loaded.target)
-    stages = [_stage(stage, target, batch and chosen == "cpu") for stage in loaded.stages]
+    read = batch and chosen == "cpu"
+    stages = [_stage(stage, target, read, quantise) for stage in loaded.stages]
     record = {
         "experiment": loaded.name,
         "scale": loaded.scale,
@@ -65,7 +69,9 @@ def main(
     return 0
 
 
-def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
+def _stage(
+    stage: Any, target: Any, read_batch: bool, quantise: str | None = None
+) -> dict[str, Any]:
     about: dict[str, Any] = {
         "name": stage.name,
         "does": _first_sentence(stage),
@@ -89,6 +95,12 @@ def _stage(stage: Any, target: Any, read_batch: bool) -> dict[str, Any]:
         "hbm_gib_per_device": target.chip.hbm_gib / target.chip.devices_per_chip,
         "batch": {name: [list(f.shape), str(f.dtype), list(f.axes)] for name, f in spec.items()},
     }
+    if quantise is not None:
+        from jaxherd.models.quantise import stored_bytes
+
+        # Weights are served in the dtype that the step computes in.
+        kept = stored_bytes(model, stage.step.compute_dtype, quantise)
+        about["served_bytes"] = {**kept, "total": sum(kept.values())}
     problem = _problem(spec, partitioner)
     if problem:
         about["problem"] = problem
@@ -212,6 +224,8 @@ def _shown(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_shown(item)}" for name, item in value.items())
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ", ".join(value)
     return str(value)

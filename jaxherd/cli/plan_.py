@@ -1,5 +1,6 @@
-"""`jaxherd plan`: compile an experiment's step for a slice that is not here."""
+"""`jaxherd plan`: compile an experiment's step, or one of decoding, for a slice that is not here."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,15 @@ def main(
     flags: str | None = None,
     save: Path | None = None,
     readme: bool = False,
+    decode: int | None = None,
+    context: int = 8192,
+    quantise: str | None = None,
 ) -> int:
     """Compile the training step for a slice or GPUs; say whether it fits and what bounds it.
+
+    With --decode, one step of decoding in its place, with weights in few bits if --quantise says so:
+    jaxherd plan llama4/scout --on v5e:4x4 --decode 64 --quantise int4_mixed
+        --set pretrain.layout.fsdp=1 --set pretrain.layout.expert=16
 
     Nothing runs and no accelerator is needed; the compiler is the real one.
     Example: jaxherd plan llama4/scout --on v5p:4x4x8
@@ -40,11 +48,18 @@ def main(
         save: also write the JSON to this file; several stages make a list.
         readme: bring the table of tpu/README.md up to date with the files in tpu/plans; of no
             experiment nothing is compiled.
+        decode: plan decoding of so many sequences at once, a token each.
+        context: tokens that the cache of each sequence has room for.
+        quantise: of the weights that decode: int8, int8_group32, int4, int4_group32; of Llama 4
+            int4_mixed, int4_mixed_offline, fp8_mixed.
     """
+    if quantise is not None and decode is None:
+        raise JaxherdError("--quantise is for decoding: add --decode with a number of sequences.")
     folder = _readme_folder() if readme else None
     fits = True
     if experiment is not None:
-        fits = _plan(experiment, on, json, set, scale, stage, flags, save)
+        decoding = None if decode is None else Decoding(decode, context, quantise)
+        fits = _plan(experiment, on, json, set, scale, stage, flags, save, decoding)
     elif folder is None:
         raise JaxherdError("name the experiment to plan, such as llama4/scout (`jaxherd list`).")
     if folder is not None:
@@ -74,6 +89,7 @@ def _plan(
     stage: str | None,
     flags: str | None,
     save: Path | None,
+    decoding: "Decoding | None" = None,
 ) -> bool:
     """Compile, print and save; returns whether all stages fit."""
     from jaxherd.core.targets import parse_target, prepare_environment
@@ -87,7 +103,11 @@ def _plan(
     target = parse_target(on or loaded.target)
     # Planning needs no accelerator, and must not take one that is there.
     common.use_platform("cpu")
-    plans = [plan_stage(loaded, item, target, flags) for item in _stages(loaded, stage)]
+    stages = _stages(loaded, stage)
+    if decoding is None:
+        plans = [plan_stage(loaded, item, target, flags) for item in stages]
+    else:
+        plans = [plan_decoding(loaded, item, target, decoding, flags) for item in stages]
     for plan in plans:
         if not json:
             plan.render(common.console())
@@ -129,5 +149,59 @@ def plan_stage(experiment: Experiment, stage: Any, target: Any, flags: str | Non
         layout_name=stage.layout.name,
         compiler_options=options_for(target, flags),
         matmul_dtype={"bfloat16": "bf16"}.get(stage.step.compute_dtype, "f32"),
+        rebuild=build,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What is planned in the place of training.
+
+    Attributes:
+      rows: sequences that decode together.
+      context: tokens that the cache of each has room for.
+      quantise: the recipe of the weights, or None.
+    """
+
+    rows: int
+    context: int
+    quantise: str | None = None
+
+
+def plan_decoding(
+    experiment: Experiment, stage: Any, target: Any, decoding: Decoding, flags: str | None = None
+) -> Any:
+    """Return the plan of one decoding step of a stage's model, in the stage's layout."""
+    from jaxherd.core.sharding import Partitioner
+    from jaxherd.core.targets import abstract_devices
+    from jaxherd.inference.decode_program import decode_flops, decode_program
+    from jaxherd.models.quantise import recipe_of
+    from jaxherd.planning.compile import compile_plan
+    from jaxherd.planning.flags import options_for
+
+    model, dtype = stage.model, stage.step.compute_dtype
+    if decoding.quantise is not None:
+        model = recipe_of(decoding.quantise).apply(model)
+
+    def build(on: Any) -> tuple[Any, Any, Any]:
+        partitioner = Partitioner.create(stage.layout, abstract_devices(on))
+        step, arguments = decode_program(
+            model, partitioner, rows=decoding.rows, length=decoding.context, dtype=dtype
+        )
+        return step, arguments, partitioner.mesh
+
+    step, arguments, mesh = build(target)
+    kept = f", {decoding.quantise}" if decoding.quantise else ""
+    return compile_plan(
+        step,
+        arguments,
+        target=target,
+        mesh=mesh,
+        flops_per_step=decode_flops(model, decoding.rows, decoding.context),
+        tokens_per_step=decoding.rows,
+        experiment=f"{experiment.name} ({experiment.scale}, {stage.name}, decoding{kept})",
+        layout_name=stage.layout.name,
+        compiler_options=options_for(target, flags),
+        matmul_dtype={"bfloat16": "bf16"}.get(dtype, "f32"),
         rebuild=build,
     )

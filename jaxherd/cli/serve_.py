@@ -33,6 +33,7 @@ def main(
     decode_steps: int = 8,
     warm_up: bool = True,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    quantise: str | None = None,
     tokenizer: Path | None = None,
     guard: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     on: str = "cpu",
@@ -73,6 +74,8 @@ def main(
         decode_steps: tokens between two looks from the host: fewer come sooner, more cost less.
         warm_up: compile the commonest programs before the first request.
         dtype: of the weights; the source's own if not given.
+        quantise: keep weights in few bits: int8, int8_group32, int4, int4_group32; of Llama 4
+            int4_mixed, int4_mixed_offline, fp8_mixed; as_stored keeps the file's own codes.
         tokenizer: file or folder, if the source has none.
         guard: "builtin", a .toml or .json file of rules, or the folder of a trained guard; may be
             given several times.  What it vetoes ends with finish_reason "content_filter".
@@ -105,7 +108,7 @@ def main(
         common.local_devices(on)
         _check_alone()
         engine, defaults = _load(
-            source, tokenizer, dtype, slots=slots, cache_tokens=cache_tokens,
+            source, tokenizer, dtype, quantise, slots=slots, cache_tokens=cache_tokens,
             max_length=max_length, decode_steps=decode_steps,
         )  # fmt: skip
         if warm_up:
@@ -145,7 +148,9 @@ def _check_alone() -> None:
         )
 
 
-def _load(source: str, tokenizer: Path | None, dtype: str | None, **sizes: Any):
+def _load(
+    source: str, tokenizer: Path | None, dtype: str | None, quantise: str | None, **sizes: Any
+):  # fmt: skip
     """Return the engine and the sampling where a request does not say."""
     import jaxherd
     from jaxherd.data.tokenizers import load_tokenizer
@@ -161,7 +166,7 @@ def _load(source: str, tokenizer: Path | None, dtype: str | None, **sizes: Any):
         top_k=given.top_k or 0,
     )
     # The engine serves text alone, so a vision tower need not be read.
-    module = jaxherd.load(source, dtype=dtype, text_only=True)
+    module = jaxherd.load(source, dtype=dtype, text_only=True, quantise=quantise)
     stop_ids = given.eos_ids or words.stop_ids
     return PagedEngine(module, words, stop_ids=stop_ids, **sizes), sampling
 

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxherd.core.coded import is_coded
+
 Module = nnx.Module
 ModuleList = nnx.List
 M = TypeVar("M")
@@ -48,10 +50,31 @@ def buffer(value: jax.Array, axes: Axes) -> Buffer:
     return Buffer(value, axes=_checked(value, axes))
 
 
+def axes_of(variable: Any) -> Axes:
+    """Return the logical names of a variable's dimensions; those of a stack it was cut from are gone."""
+    return _trailing(variable.get_metadata("axes"), len(variable.get_value().shape))
+
+
+def recode(variable: Any, code: Callable[[jax.Array], Any], axes: Axes) -> None:
+    """Let a variable of a module that is being built hold a code of its value.
+
+    The code is a pytree that stands for an array (`jaxherd.core.coded`) whose trailing dimensions
+    have the logical names `axes`.
+    """
+    variable.set_value(code(variable.get_value()))
+    variable.set_metadata(axes=axes)
+
+
 def _checked(value: jax.Array, axes: Axes) -> Axes:
     if len(axes) != value.ndim:
         raise ValueError(f"axes {axes} do not name the {value.ndim} dimensions of {value.shape}")
     return tuple(axes)
+
+
+def _trailing(axes: Axes, dimensions: int) -> Axes:
+    """Stacking adds leading dimensions that a declaration does not know of, and a scan takes them."""
+    axes = axes[max(0, len(axes) - dimensions) :]
+    return ("layers",) * (dimensions - len(axes)) + axes
 
 
 def stacked(build: Callable[[jax.Array], M], key: jax.Array, count: int) -> M:
@@ -120,12 +143,21 @@ def split(module: Any) -> tuple[Definition, Tree, Tree]:
         if not issubclass(kind, Parameter | Buffer):
             raise TypeError(f"{_name(path)} is a {kind.__name__}: use parameter() or buffer()")
         value = variable.get_value()
-        axes = variable.get_metadata("axes")
-        # Stacking adds leading dimensions that the declaration does not know of.
-        axes = ("layers",) * (len(value.shape) - len(axes)) + axes
+        axes = _trailing(variable.get_metadata("axes"), len(value.shape))
         variables.append((path, kind, axes))
         (params if issubclass(kind, Parameter) else buffers)[_name(path)] = value
     return Definition(graph, tuple(variables)), unflatten(params), unflatten(buffers)
+
+
+def map_parameters(module: M, change: Callable[[Any, Axes], Any]) -> M:
+    """Return the module with `change(value, axes)` in place of each trained value.
+
+    `axes` are the logical names of all dimensions of the value.
+    """
+    definition, params, buffers = split(module)
+    axes = flatten(definition.axes()[0])
+    changed = {name: change(value, axes[name]) for name, value in flatten(params).items()}
+    return definition.merge(unflatten(changed), buffers)
 
 
 def abstract(build: Callable[..., M], *args: Any) -> M:
@@ -134,12 +166,18 @@ def abstract(build: Callable[..., M], *args: Any) -> M:
 
 
 def cast_floating(tree: M, dtype: Any) -> M:
-    """Return the tree with every floating-point leaf in `dtype`; `None` leaves it as it is."""
+    """Return the tree with every floating-point leaf in `dtype`; `None` leaves it as it is.
+
+    Weights in few bits stay as they are, their scales too.
+    """
     if dtype is None:
         return tree
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+
+    def cast(x):
+        plain = not is_coded(x) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if plain else x
+
+    return jax.tree.map(cast, tree, is_leaf=is_coded)
 
 
 def _name(path: tuple) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxherd.core import axes as vocabulary
+from jaxherd.core.coded import is_coded
 from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.layouts import Layout, Rule
 
@@ -122,16 +124,19 @@ class Partitioner:
     def tree_shardings(self, axes_tree: Any, shapes: Any) -> Any:
         """Return the shardings of a tree of arrays or shapes with a like tree of axis names.
 
+        The names of weights in few bits are those of the matrix that they stand for.
+
         Raises:
           JaxherdError: a leaf that its mesh axes do not divide, named by its path.
         """
 
         def one(path, leaf, names):
-            return self.sharding(
-                names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/")
-            )
+            what = jax.tree_util.keystr(path, simple=True, separator="/")
+            if is_coded(leaf):
+                return leaf.shardings(self, names, what)
+            return self.sharding(names, leaf.shape, what)
 
-        return jax.tree_util.tree_map_with_path(one, shapes, axes_tree)
+        return jax.tree_util.tree_map_with_path(one, shapes, axes_tree, is_leaf=is_coded)
 
     def replicated(self) -> NamedSharding:
         """Return the sharding of an array that every device holds whole."""
@@ -178,6 +183,41 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     if partitioner is None:
         return x
     return jax.lax.with_sharding_constraint(x, partitioner.sharding(names, x.shape, "activation"))
+
+
+def gather_rows(value: Any, names: LogicalAxes) -> Any:
+    """Gather what a parameter's dimension is cut over but for the first mesh axis; else return it.
+
+    So cut (5,120 over 128 devices: 40) it may have so few rows on a device that they fill no tile.
+    To gather these at once the TPU compiler writes zeros, puts the rows among them and adds up all
+    devices: twice the bytes, and a pass over the whole matrix on every one.  In steps only this
+    first one, to the rows of one mesh axis, is of that kind; `gather_whole` is the second.
+
+    Args:
+      value: an array, or a code of one, which is left as it is.
+      names: the logical axes of its dimensions.
+    """
+    return _constrained(value, names, whole=False)
+
+
+def gather_whole(value: Any, names: LogicalAxes) -> Any:
+    """Gather the rest of what `gather_rows` left; the gradient is added up over all at once."""
+    return _constrained(value, names, whole=True)
+
+
+def _constrained(value: Any, names: LogicalAxes, whole: bool) -> Any:
+    partitioner = active()
+    if partitioner is None or is_coded(value):
+        return value
+    parts = list(partitioner.spec(names))
+    cut = next((i for i, part in enumerate(parts) if isinstance(part, tuple)), None)
+    if cut is None:
+        return value
+    axes = parts.pop(cut)
+    sharding = NamedSharding(partitioner.mesh, PartitionSpec(None if whole else axes[0], *parts))
+    # With the cut dimension in front, what is gathered lies in one piece.
+    moved = jax.lax.with_sharding_constraint(jnp.moveaxis(value, cut, 0), sharding)
+    return jnp.moveaxis(moved, 0, cut)
 
 
 def _tpu_grid(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:

@@ -130,10 +130,14 @@ class GgufStore:
         kind = self._gguf.GGMLQuantizationType(cursor.scalar("<I"))
         return name, shape, kind, cursor.scalar("<Q")
 
+    def kind(self, name: str) -> str:
+        """Return the format of one tensor: "F32", "Q4_0", ..."""
+        return self._places[name][0].name
+
     def blocks(self, name: str) -> tuple[str, np.ndarray]:
         """Return (format, bytes) of one tensor as stored, rows kept apart: [..., out, row bytes].
 
-        `kernels.quantized_matmul.formats.from_gguf` makes a matrix of "Q4_0" and "Q8_0".
+        `kernels.quantized_matmul.formats.from_gguf` makes a matrix of "Q4_0", "Q4_1" and "Q8_0".
         """
         kind, start, length = self._places[name]
         rows = np.asarray(self._data[start : start + length])

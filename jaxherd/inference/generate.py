@@ -185,8 +185,7 @@ class Generator:
         batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
         images = PromptImages.encode(self.module, requests)
         cache = self.module.init_cache(batch, self._capacity(requests))
-        table = self.module.embedding.table[...]
-        last_BD = jnp.zeros((batch, self.module.config.embed_dim), table.dtype)
+        last_BD = jnp.zeros((batch, self.module.config.embed_dim), self.module.dtype)
         for begin in range(0, longest, self.prefill_chunk):
             here = min(self.prefill_chunk, longest - begin)
             width = min(bucket(here, _SMALLEST_PIECE), self.prefill_chunk)

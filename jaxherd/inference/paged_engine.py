@@ -318,7 +318,7 @@ class PagedEngine:
             self._counts["prompt_tokens"] += len(piece)
         slots = [job.slot for job in jobs]
         slots += slots[:1] * (rows - len(jobs))
-        dtype = self.module.embedding.table[...].dtype
+        dtype = self.module.dtype
         self._cache, last_BD = steps.prefill(
             self.module,
             self._cache,

@@ -7,7 +7,7 @@ On CPU a decoding step is bound by reading the weights once, and XLA reads them 
 - in float32 (16-bit products run element by element there, many times slower).
 
 So there the layers are unstacked, tied scores get a transposed copy of the table, and 16-bit
-weights are widened.  Elsewhere the model stays as it is.
+weights are widened; weights in few bits stay so.  Elsewhere the model stays as it is.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxherd.core.coded import is_coded
 from jaxherd.core.modules import abstract, cast_floating, split
 from jaxherd.core.platform import platform
 from jaxherd.models.decoder import Decoder, restack
@@ -33,7 +34,9 @@ def serving_form(module: Decoder, *, dtype: Any = None) -> Decoder:
     module = cast_floating(module, jnp.float32 if dtype is None else dtype)
     if module.config.scan_layers:
         module = restack(module, scan_layers=False)
-    return _untied(module) if module.config.tie_embeddings else module
+    # In few bits a table lies [in, out] already.
+    tied = module.config.tie_embeddings and not is_coded(module.embedding.table[...])
+    return _untied(module) if tied else module
 
 
 def _untied(module: Decoder) -> Decoder:

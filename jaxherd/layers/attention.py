@@ -312,6 +312,7 @@ class Attention(Module):
             size=c.size,
             self_attention=True,
             contiguous=info.contiguous,
+            finite_padding=True,
         )
         if cache is None:
             return k_BTKH, v_BTKH, alone, None

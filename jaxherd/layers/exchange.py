@@ -29,8 +29,9 @@ def exchange_rows(
     axis: str,
     *,
     balance: float = 2.0,
-) -> jax.Array:
-    """Return what the experts make of the rows, as if every device held all experts.
+    beside: Any = (),
+) -> tuple[jax.Array, Any]:
+    """Return (what the experts make of the rows, as if every device held all experts; `beside`).
 
     Args:
       compute: maps (rows sorted by local expert with an arbitrary tail, sizes [e], weights,
@@ -43,48 +44,58 @@ def exchange_rows(
       axis: mesh axis over which experts are split.
       balance: one round serves pairs of devices with up to this many times the rows of a uniform
         load; busier pairs take further rounds.
+      beside: a pytree of arrays that is handed through.  What it is computed from is done while rows
+        travel here, and what it is used for while they travel back; the gradient likewise.
     """
     devices = jax.lax.axis_size(axis)
     rows = rows_RD.shape[0]
     quota = max(1, min(rows, math.ceil(rows * balance / devices)))
     # sizes[p, q, e]: rows that device p holds for expert e of device q.
     sizes_PPe = jax.lax.all_gather(sizes_E, axis).reshape(devices, devices, -1)
-    return _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights)
+    return _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights, beside)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights):
-    def serve(number, y_RD):
+def _exchange(compute, quota: int, axis: str, rows_RD, sizes_PPe, weights, beside):
+    rounds = _rounds(sizes_PPe, quota)
+    rows_RD, out_RD = _with_buffer(rows_RD, len(rows_RD))
+
+    def serve(number, y_RD, beside=()):
         plan = _Round(sizes_PPe, number, quota, axis, len(rows_RD))
-        return plan.combine(plan.local(compute, plan.dispatch(rows_RD), weights), y_RD)
+        arrived_CD, beside = _meet(plan.dispatch(rows_RD), beside)
+        computed_CD, beside = _meet(plan.local(compute, arrived_CD, weights), beside)
+        return plan.combine(computed_CD, y_RD), beside
 
     def more(y_RD):
-        return jax.lax.fori_loop(1, rounds, serve, y_RD)
+        return jax.lax.fori_loop(1, rounds, lambda number, y_RD: serve(number, y_RD)[0], y_RD)
 
-    rounds = _rounds(sizes_PPe, quota)
     # The first round stands outside of the loop: only there can the compiler let rows travel
     # while it computes what does not wait for them, as the shared expert.
-    return jax.lax.cond(rounds > 1, more, lambda y: y, serve(0, _unwritten(rows_RD)))
+    y_RD, beside = serve(0, out_RD, beside)
+    return jax.lax.cond(rounds > 1, more, lambda y_RD: y_RD, y_RD), beside
 
 
-def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights):
-    y_RD = _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights)
-    return y_RD, (rows_RD, sizes_PPe, weights)
+def _exchange_forward(compute, quota, axis, rows_RD, sizes_PPe, weights, beside):
+    result = _exchange(compute, quota, axis, rows_RD, sizes_PPe, weights, beside)
+    return result, (rows_RD, sizes_PPe, weights)
 
 
-def _exchange_backward(compute, quota, axis, saved, dy_RD):
-    rows_RD, sizes_PPe, weights = saved
+def _exchange_backward(compute, quota, axis, saved, gradients):
+    (rows_RD, sizes_PPe, weights), (dy_RD, d_beside) = saved, gradients
+    rounds = _rounds(sizes_PPe, quota)
+    dy_RD, out_RD = _with_buffer(dy_RD, len(rows_RD))
 
-    def serve(number, d_rows_RD):
+    def serve(number, d_rows_RD, d_beside=()):
         plan = _Round(sizes_PPe, number, quota, axis, len(rows_RD))
         local = functools.partial(plan.local, compute)
-        _, pull = jax.vjp(local, plan.dispatch(rows_RD), weights)
-        d_arrived_CD, d_part = pull(plan.dispatch(dy_RD))
-        return plan.combine(d_arrived_CD, d_rows_RD), d_part
+        arrived, d_beside = _meet((plan.dispatch(rows_RD), plan.dispatch(dy_RD)), d_beside)
+        _, pull = jax.vjp(local, arrived[0], weights)
+        (d_arrived_CD, d_part), d_beside = _meet(pull(arrived[1]), d_beside)
+        return plan.combine(d_arrived_CD, d_rows_RD), d_part, d_beside
 
     def add(number, carry):
         d_rows_RD, d_weights = carry
-        d_rows_RD, d_part = serve(number, d_rows_RD)
+        d_rows_RD, d_part, _ = serve(number, d_rows_RD)
         return d_rows_RD, jax.tree.map(lambda t, d: t + d.astype(t.dtype), d_weights, d_part)
 
     def more(carry):
@@ -94,13 +105,17 @@ def _exchange_backward(compute, quota, axis, saved, dy_RD):
         d_rows_RD, wide = jax.lax.fori_loop(1, rounds, add, (d_rows_RD, wide))
         return d_rows_RD, jax.tree.map(lambda d, w: d.astype(w.dtype), wide, d_weights)
 
-    rounds = _rounds(sizes_PPe, quota)
-    first = serve(0, _unwritten(rows_RD))
-    d_rows_RD, d_weights = jax.lax.cond(rounds > 1, more, lambda carry: carry, first)
-    return d_rows_RD, None, d_weights
+    *first, d_beside = serve(0, out_RD, d_beside)
+    d_rows_RD, d_weights = jax.lax.cond(rounds > 1, more, lambda carry: carry, tuple(first))
+    return d_rows_RD, None, d_weights, d_beside
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def _meet(a, b):
+    """Return both; what follows on either waits for the other."""
+    return jax.lax.optimization_barrier((a, b)) if jax.tree.leaves(b) else (a, b)
 
 
 def _rounds(sizes_PPe, quota: int):
@@ -108,9 +123,14 @@ def _rounds(sizes_PPe, quota: int):
     return (sizes_PPe.sum(axis=-1).max() + quota - 1) // quota
 
 
-def _unwritten(rows_RD):
-    """Return a buffer of which the rounds write every row once: filling it would cost a pass."""
-    return jax.lax.empty(rows_RD.shape, rows_RD.dtype)
+def _with_buffer(rows_RD, count: int):
+    """Return the rows, and a buffer of `count` rows that is not filled: that would cost a pass.
+
+    Neither is there before the other.  A buffer of nothing would be the same for all layers of a
+    scan, so that the compiler made one before it and copied that in every layer.
+    """
+    empty = jax.lax.empty((count, rows_RD.shape[1]), rows_RD.dtype)
+    return jax.lax.optimization_barrier((rows_RD, empty))
 
 
 class _Round:
@@ -134,7 +154,7 @@ class _Round:
 
     def dispatch(self, rows_RD):
         """Return [C, D]: what arrives here, in order of sender; the tail holds anything."""
-        out = jax.lax.empty((self._capacity, rows_RD.shape[1]), rows_RD.dtype)
+        rows_RD, out = _with_buffer(rows_RD, self._capacity)
         return _send(
             rows_RD, out, self._from_PP, self._counts_PP, self._to_PP, self._here, self._axis
         )

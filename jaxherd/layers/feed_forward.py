@@ -53,6 +53,10 @@ class FeedForward(Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the block's output; no norm, no residual."""
+        return self.down(self.hidden(x_BTD))
+
+    def hidden(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Return what `down` takes."""
         gate_BTF = shard(self.gate(x_BTD), "batch", "length", "act_mlp")
         up_BTF = shard(self.up(x_BTD), "batch", "length", "act_mlp")
-        return self.down(jax.nn.silu(gate_BTF) * up_BTF)
+        return jax.nn.silu(gate_BTF) * up_BTF

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxherd.core.matmul_format import active_format
-from jaxherd.core.modules import Axes, Module, parameter
+from jaxherd.core.modules import Axes, Module, axes_of, parameter
 from jaxherd.core.platform import platform
 from jaxherd.core.sharding import shard
-from jaxherd.kernels import QuantizedMatrix, quantized_matmul
+from jaxherd.kernels import QuantizedMatrix
 from jaxherd.layers import fp8
+from jaxherd.layers.coded_product import coded_product, coded_rows
 from jaxherd.layers.lookup import lookup
 
 
@@ -22,9 +23,13 @@ def normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype=jnp.float32
 
 
 def matmul(
-    x: Float[Array, "... D"], w_DF: Float[Array, "D F"] | QuantizedMatrix
+    x: Float[Array, "... D"],
+    w_DF: Float[Array, "D F"] | QuantizedMatrix,
+    axes: Axes | None = None,
 ) -> Float[Array, "... F"]:
     """Return x W; a quantised W is read as it is and gets no gradient (`quantized_matmul`).
+
+    `axes` are the logical names of W's dimensions, which a quantised W needs on a mesh.
 
     Inside of `core.matmul_format` "fp8" the operands are rounded (`jaxherd.layers.fp8`).
 
@@ -33,8 +38,7 @@ def matmul(
     slower than the product itself.
     """
     if isinstance(w_DF, QuantizedMatrix):
-        y = quantized_matmul(x.reshape(-1, x.shape[-1]), w_DF)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return coded_product(x, w_DF, axes)
     if active_format() != "fp8":
         return _plain(x, w_DF)
     return fp8.product(_plain(fp8.operand(x, -1), fp8.operand(w_DF, 0)))
@@ -81,23 +85,32 @@ class Linear(Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """Return x W (+ b)."""
-        y = matmul(x, self.kernel[...])
+        y = matmul(x, self.kernel[...], axes_of(self.kernel))
         return y if self.bias is None else y + self.bias[...]
 
 
 class Embedding(Module):
-    """A table of vocabulary entries, used to read tokens and, when tied, to score them."""
+    """A table of vocabulary entries, used to read tokens and, when tied, to score them.
+
+    In few bits the table is a matrix [D, V], as scoring reads it.
+    """
 
     def __init__(self, vocab_size: int, dim: int, *, key: jax.Array, std: float = 0.02):
         self.table = parameter(normal(key, (vocab_size, dim), std), ("vocab", "embed"))
 
-    def __call__(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Return the rows of the table for these tokens."""
-        return lookup(self.table[...], tokens)
+    def __call__(self, tokens: Int[Array, "..."], dtype=jnp.float32) -> Float[Array, "... D"]:
+        """Return the rows of the table for these tokens; of a table in few bits in `dtype`."""
+        table = self.table[...]
+        if isinstance(table, QuantizedMatrix):
+            return coded_rows(table, tokens, dtype)
+        return lookup(table, tokens)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return logits x E^T."""
-        return jnp.einsum("...D,VD->...V", x, self.table[...])
+        table = self.table[...]
+        if isinstance(table, QuantizedMatrix):
+            return coded_product(x, table, ("embed", "vocab"))
+        return jnp.einsum("...D,VD->...V", x, table)
 
 
 class RMSNorm(Module):

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 from jaxherd.core import sharding
 from jaxherd.core.matmul_format import active_format
-from jaxherd.core.modules import Module, buffer, parameter
+from jaxherd.core.modules import Module, axes_of, buffer, parameter
 from jaxherd.kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from jaxherd.kernels.quantized_matmul import QuantizedMatrix
 from jaxherd.layers import fp8
 from jaxherd.layers.exchange import exchange_rows
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
@@ -75,6 +76,9 @@ class MoeConfig:
 class RouterStats:
     """Sums over tokens, so that they add up over devices and microbatches.
 
+    A layer leaves them row by row of the batch, [B, ...]: added up over devices there, each layer
+    would wait for a collective of a few bytes.
+
     Attributes:
       load_E: how many rows each expert got.
       probability_E: sum of the softmax of the router logits (for the auxiliary loss; from the
@@ -126,13 +130,15 @@ class Moe(Module):
         x_BTD: Float[Array, "B T D"],
         counted_BT: jax.Array | None = None,
         *,
+        onto_BTD: Float[Array, "B T D"] | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Return the output and the router's statistics.
+        """Return the output and the router's statistics, row by row.
 
         Args:
           x_BTD: normalised input.
           counted_BT: which tokens the statistics count (padding does not); all by default.
+          onto_BTD: added to the output: what does not wait for the routed rows is added first.
           implementation: see `jaxherd.kernels.grouped_matmul`.
         """
         if counted_BT is None:
@@ -141,19 +147,27 @@ class Moe(Module):
         bias_E = None if self.selection_bias is None else self.selection_bias[...]
         chosen_BTk, gates_BTk = route(logits_BTE, self.config, bias_E)
         stats = _stats(logits_BTE, chosen_BTk, counted_BT, self.config)
-        routed_BTD = self._routed(x_BTD, chosen_BTk, gates_BTk, implementation)
+        shared = () if self.shared is None else (self.shared.hidden(x_BTD),)
+        y_BTD, shared = self._routed(x_BTD, chosen_BTk, gates_BTk, shared, implementation)
         if self.shared is not None:
-            routed_BTD = routed_BTD + self.shared(x_BTD)
-        return routed_BTD, stats
+            shared_BTD = self.shared.down(*shared)
+            onto_BTD = shared_BTD if onto_BTD is None else onto_BTD + shared_BTD
+            # Fused with the last sum, the product would wait for the rows to come back.
+            onto_BTD = jax.lax.optimization_barrier(onto_BTD)
+        if onto_BTD is not None:
+            y_BTD = onto_BTD + y_BTD
+        return y_BTD, stats
 
-    def _routed(self, x_BTD, chosen_BTk, gates_BTk, implementation):
+    def _routed(self, x_BTD, chosen_BTk, gates_BTk, shared, implementation):
+        """Return (the routed experts' output, `shared`), half of which is done as rows travel."""
         weights = (self.gate[...], self.up[...], self.down[...])
         partitioner = sharding.active()
         if partitioner is None or partitioner.mesh.size == 1:
             return _experts_of_device(
-                x_BTD, chosen_BTk, gates_BTk, *weights, self.config, implementation
+                x_BTD, chosen_BTk, gates_BTk, weights, shared, self.config, implementation
             )
         tokens = partitioner.spec(("batch", "length", None))
+        hidden = partitioner.spec(("batch", "length", "act_mlp"))
         columns = partitioner.spec((None, None, "expert_mlp"))[2]
         experts = partitioner.spec(("expert",))[0]
         expert_axis, tensor_axes = _axis_names(experts), _axis_names(columns)
@@ -161,21 +175,57 @@ class Moe(Module):
             ("expert",), partitioner.spec(("expert",)), (self.config.num_experts,), "experts"
         )
 
-        def local(x, chosen, gates, gate, up, down):
+        specs, cuts = zip(*(
+            _spec(partitioner, w, axes_of(variable), name)
+            for w, variable, name in zip(
+                weights, (self.gate, self.up, self.down), ("gate", "up", "down")
+            )
+        ))  # fmt: skip
+
+        def local(x, chosen, gates, shared, *weights):
+            whole = tuple(_gathered(w, *cut) for w, cut in zip(weights, cuts))
             return _experts_of_device(
-                x, chosen, gates, gate, up, down, self.config, implementation,
+                x, chosen, gates, whole, shared, self.config, implementation,
                 expert_axis[0] if expert_axis else None, tensor_axes,
             )  # fmt: skip
 
-        P = jax.sharding.PartitionSpec
         return jax.shard_map(
             local,
             mesh=partitioner.mesh,
-            in_specs=(tokens, tokens, tokens, P(experts, None, columns), P(experts, None, columns),
-                      P(experts, columns, None)),
-            out_specs=tokens,
+            in_specs=(tokens, tokens, tokens, hidden, *specs),
+            out_specs=(tokens, hidden),
             check_vma=False,
-        )(x_BTD, chosen_BTk, gates_BTk, *weights)  # fmt: skip
+        )(x_BTD, chosen_BTk, gates_BTk, shared, *weights)
+
+
+def _spec(partitioner: sharding.Partitioner, w, names: tuple[str | None, ...], name: str):
+    """Return how the experts' matrices arrive, and (dimension, mesh axes) along which they are cut.
+
+    What is cut along the model width is gathered where it is used (`_gathered`); a code, each part
+    of it as its matrix, arrives whole in that.
+    """
+    spec = partitioner.spec(names)
+    if isinstance(w, QuantizedMatrix):
+        spec = jax.sharding.PartitionSpec(
+            *(None if axis == "embed" else part for axis, part in zip(names, spec))
+        )
+        w.check_cut(partitioner, spec, f"the experts' {name}")
+        return w.specs(spec), (0, ())
+    cut = names.index("embed")
+    return spec, (cut, _axis_names(spec[cut]))
+
+
+def _gathered(w, cut: int, axes: tuple[str, ...]):
+    """Gather one dimension of the experts' matrices [E, ., .].
+
+    Of a lone expert's the first dimension is left out: to add up gradients the compiler puts the cut
+    dimension in front, and [D, 1, F] is another tiling in memory than [1, D, F].
+    """
+    if not axes:
+        return w
+    if w.shape[0] > 1:
+        return jax.lax.all_gather(w, axes, axis=cut, tiled=True)
+    return jax.lax.all_gather(w[0], axes, axis=cut - 1, tiled=True)[None]
 
 
 def _axis_names(part) -> tuple[str, ...]:
@@ -209,10 +259,10 @@ def _stats(logits_BTE, chosen_BTk, counted_BT, config: MoeConfig) -> RouterStats
     rows_BTE = jax.nn.one_hot(chosen_BTk, config.num_experts, dtype=jnp.float32).sum(axis=2)
     z_BT = jax.nn.logsumexp(logits32, axis=-1) ** 2
     return RouterStats(
-        load_E=jnp.einsum("BTE,BT->E", rows_BTE, counted),
-        probability_E=jnp.einsum("BTE,BT->E", jax.nn.softmax(logits32, axis=-1), counted),
-        z=(z_BT * counted).sum(),
-        tokens=counted.sum(),
+        load_E=jnp.einsum("BTE,BT->BE", rows_BTE, counted),
+        probability_E=jnp.einsum("BTE,BT->BE", jax.nn.softmax(logits32, axis=-1), counted),
+        z=(z_BT * counted).sum(axis=1),
+        tokens=counted.sum(axis=1),
     )
 
 
@@ -220,15 +270,17 @@ def _experts_of_device(
     x_BTD,
     chosen_BTk,
     gates_BTk,
-    gate_EDF,
-    up_EDF,
-    down_EFD,
+    weights,
+    shared,
     config: MoeConfig,
     implementation,
     expert_axis: str | None = None,
     tensor_axes: tuple[str, ...] = (),
 ):
-    """Sort rows by expert, send them to the experts' owners, compute, return, sum over k."""
+    """Sort rows by expert, send them to the experts' owners, compute, return, sum over k.
+
+    `weights` are gate, up and down; `shared` is handed through (`exchange_rows`).
+    """
     batch = x_BTD.shape[0]
     x_ND = rearrange(x_BTD, "B T D -> (B T) D")
     expert_R = rearrange(chosen_BTk, "B T k -> (B T k)")
@@ -237,8 +289,7 @@ def _experts_of_device(
     rows_RD = permute(jnp.repeat(x_ND, config.top_k, axis=0), order_R, back_R)
     sorted_gate_R1 = permute(gate_R1, order_R, back_R)
 
-    compute = functools.partial(_swiglu_experts, implementation)
-    weights = (gate_EDF, up_EDF, down_EFD)
+    compute = functools.partial(_swiglu_experts, implementation, tensor_axes=tensor_axes)
     if expert_axis is None:
         # The kernel multiplies by the score, which saves a pass over the rows.
         score_R = sorted_gate_R1[:, 0] if config.scale == "input" else None
@@ -247,26 +298,28 @@ def _experts_of_device(
         # Rows that travel are written anyway: multiplied before, no score has to go with them.
         if config.scale == "input":
             rows_RD = rows_RD * sorted_gate_R1
-        out_RD = exchange_rows(
-            compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance
-        )
+        out_RD, shared = exchange_rows(
+            compute, rows_RD, sizes_E, weights, expert_axis, balance=config.exchange_balance,
+            beside=shared,
+        )  # fmt: skip
     if tensor_axes:
         out_RD = jax.lax.psum(out_RD, tensor_axes)
     if config.scale == "output":
         out_RD = out_RD * sorted_gate_R1
     out_NkD = rearrange(permute(out_RD, back_R, order_R), "(N k) D -> N k D", k=config.top_k)
-    return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch)
+    return rearrange(out_NkD.sum(axis=1), "(B T) D -> B T D", B=batch), shared
 
 
 def _swiglu_experts(
-    implementation, rows_RD, sizes_E, weights, score_R=None, *, expected_rows=None
+    implementation, rows_RD, sizes_E, weights, score_R=None, *, expected_rows=None, tensor_axes=()
 ):  # fmt: skip
     """Return (silu(u W_gate) * u W_up) W_down of each row's expert, u = score x row.
 
-    Rows are sorted by expert.
+    Rows are sorted by expert; F may be split over `tensor_axes`.
     """
     gate_EDF, up_EDF, down_EFD = weights
-    eight_bits = active_format() == "fp8"
+    # What is in few bits already stays as it is.
+    eight_bits = active_format() == "fp8" and not isinstance(gate_EDF, QuantizedMatrix)
     # Of a `custom_vjp` the type checker knows no result.
     operand: Any = fp8.operand
     if eight_bits:
@@ -281,6 +334,7 @@ def _swiglu_experts(
         # rounded.
         hidden_RF = operand(fp8.product(hidden_RF), -1)
     out_RD = grouped_matmul(
-        hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, implementation=implementation
-    )
+        hidden_RF, down_EFD, sizes_E, expected_rows=expected_rows, across=tensor_axes,
+        implementation=implementation,
+    )  # fmt: skip
     return fp8.product(out_RD) if eight_bits else out_RD

@@ -15,40 +15,52 @@ Axis letters: B batch, T tokens, D width, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxherd.core.coded import is_coded
 from jaxherd.core.matmul_format import matmul_format
 from jaxherd.core.modules import (
     Module,
     ModuleList,
     abstract,
     flatten,
+    map_parameters,
     split,
     stacked,
     unflatten,
 )
 from jaxherd.core.remat import checkpointed
+from jaxherd.core.sharding import active, gather_rows, gather_whole
 from jaxherd.kernels.paged_attention import PagePool
 from jaxherd.layers.attention import Attention, AttentionConfig, SequenceInfo
+from jaxherd.layers.coded_product import coded_products
 from jaxherd.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.layers.linear import Embedding, Linear, RMSNorm, residual
 from jaxherd.layers.moe import Moe, MoeConfig, RouterStats
 from jaxherd.layers.paged_cache import CacheRule, PagedCache, PageTables
+from jaxherd.layers.weight_format import Formats, WeightFormat, inner_first, use_formats
 from jaxherd.models.periods import Run, Segment, find_segments, locate, stacked_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """One block: its attention and its feed-forward part."""
+    """One block: its attention and its feed-forward part.
+
+    Attributes:
+      attention, feed_forward: the two parts.
+      formats: the weights that are kept in few bits, (path inside the block, how) in order of paths
+        (`jaxherd.models.quantise` has recipes).
+    """
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig | MoeConfig
+    formats: Formats = ()
 
     def num_params(self, embed_dim: int) -> int:
         """Return the parameters of the block, its two norms included."""
@@ -79,6 +91,9 @@ class DecoderConfig:
       scan_layers: stack layers and scan over their period (quick to compile); False keeps every
         layer's arrays apart, which decodes faster where XLA would copy a layer out of its stack.
       attention_implementation, moe_implementation: see `jaxherd.kernels`; None picks by platform.
+      matmul_implementation: of products with weights in few bits (`kernels.quantized_matmul`);
+        those of routed experts go by `moe_implementation`.
+      formats: as of a layer, for "embedding/table" and "unembedding/kernel".
     """
 
     vocab_size: int
@@ -94,6 +109,8 @@ class DecoderConfig:
     scan_layers: bool = True
     attention_implementation: str | None = None
     moe_implementation: str | None = None
+    matmul_implementation: str | None = None
+    formats: Formats = ()
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -136,6 +153,14 @@ class DecoderConfig:
         if not self.scan_layers:
             return tuple(Segment((Run(layer, 1),), 1) for layer in self.layers)
         return find_segments(self.layers)
+
+    def weight_formats(self) -> dict[str, WeightFormat]:
+        """Return the format of every variable in few bits, by its path in the module."""
+        found = dict(self.formats)
+        for s, segment in enumerate(self.segments()):
+            for r, run in enumerate(segment.runs):
+                found |= {f"segments/{s}/{r}/{path}": f for path, f in run.layer.formats}
+        return found
 
     def routed_layers(self) -> list[list[int]]:
         """Return the layers behind each entry of `DecoderOutput.router`, in stack order."""
@@ -197,6 +222,7 @@ class Block(Module):
             if isinstance(part, MoeConfig)
             else FeedForward(part, d, key=f, std=std, out_std=out_std)
         )
+        use_formats(self, config.formats)
 
     def __call__(
         self,
@@ -220,12 +246,26 @@ class Block(Module):
             counted_BT = info.positions_BT >= 0
             if info.segments_BT is not None:
                 counted_BT &= info.segments_BT > 0
-            y_BTD, stats = self.feed_forward(
-                normed_BTD, counted_BT, implementation=model.moe_implementation
+            x_BTD, stats = self.feed_forward(
+                normed_BTD, counted_BT, onto_BTD=x_BTD, implementation=model.moe_implementation
             )
         else:
-            y_BTD = self.feed_forward(normed_BTD)
-        return residual(x_BTD + y_BTD), cache, stats
+            x_BTD = x_BTD + self.feed_forward(normed_BTD)
+        return residual(x_BTD), cache, stats
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _as_configured(method: F) -> F:
+    """Let the products of a method run as the config says."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with coded_products(self.config.matmul_implementation):
+            return method(self, *args, **kwargs)
+
+    return cast(F, run)
 
 
 class Decoder(Module):
@@ -256,6 +296,12 @@ class Decoder(Module):
             if config.tie_embeddings
             else Linear(d, config.vocab_size, ("embed", "vocab"), key=u, std=config.init_std)
         )
+        use_formats(self, config.formats)
+
+    @property
+    def dtype(self) -> Any:
+        """Of activations: that of the weights which are never in few bits."""
+        return self.final_norm.scale[...].dtype
 
     def __call__(
         self,
@@ -275,6 +321,7 @@ class Decoder(Module):
         output = self.forward(tokens_BT, positions=positions, segment_ids=segment_ids)
         return self.unembed(output.hidden_BTD)
 
+    @_as_configured
     def forward(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -307,7 +354,8 @@ class Decoder(Module):
         info = SequenceInfo.create(
             positions, segment_ids, attentions, contiguous=contiguous, pages=page_tables
         )
-        x_BTD = residual(self.embedding(tokens_BT) if embeddings_BTD is None else embeddings_BTD)
+        x_BTD = self.embed(tokens_BT) if embeddings_BTD is None else embeddings_BTD
+        x_BTD = residual(x_BTD)
         new_cache, stats = [], []
         for number in range(config.passes):
             backwards = config.repeat_order == "reverse" and number % 2 == 1
@@ -321,6 +369,10 @@ class Decoder(Module):
             new_cache.append(tuple(of_pass))
         hidden_BTD = self.final_norm(x_BTD)
         return DecoderOutput(hidden_BTD, tuple(new_cache) if cache else None, tuple(stats))
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the table's rows of these tokens."""
+        return self.embedding(tokens_BT, self.dtype)
 
     def _run_segment(self, index, x_BTD, info, cache, backwards, cache_is_empty, remat):
         """Scan over the repetitions of a segment; returns (x, its cache, its statistics).
@@ -339,6 +391,7 @@ class Decoder(Module):
 
         def layer(carry, scanned, layers):
             (x, pools), (block, caches, number) = carry, scanned
+            x, block = _gathered(x, block)
             written, stats, after = [], [], []
             for cached, pool in zip(caches, pools):
                 entry = cached if pool is None else PagedCache(pool, number, layers)
@@ -372,8 +425,11 @@ class Decoder(Module):
         )
         flat = [_unfold(output) for output in outputs]
         new_cache = pools if paged else tuple(o[0] for o in flat)
-        return x_BTD, new_cache, tuple(s for o in flat for s in o[1])
+        # Of every layer, over the rows of the batch.
+        stats = jax.tree.map(lambda x: x.sum(axis=1), tuple(s for o in flat for s in o[1]))
+        return x_BTD, new_cache, stats
 
+    @_as_configured
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return float32 logits of hidden states."""
         score, head = self.head()
@@ -395,7 +451,7 @@ class Decoder(Module):
         Local layers hold `size` positions, full layers `max_length`; every use of a shared block
         has an entry of its own.
         """
-        dtype = self.embedding.table[...].dtype if dtype is None else dtype
+        dtype = self.dtype if dtype is None else dtype
 
         def of_run(run: Run, layers: int) -> LayerCache:
             a = run.layer.attention
@@ -422,7 +478,7 @@ class Decoder(Module):
           page_size: tokens of a page.
           dtype: of keys and values; int8 keeps codes and scales.
         """
-        dtype = self.embedding.table[...].dtype if dtype is None else dtype
+        dtype = self.dtype if dtype is None else dtype
 
         def of_run(run: Run, layers: int) -> PagePool:
             a = run.layer.attention
@@ -455,6 +511,29 @@ def _score_untied(head: Linear, hidden: jax.Array) -> jax.Array:
         return head(hidden).astype(jnp.float32)
 
 
+def _gathered(x_BTD: jax.Array, block: Any) -> tuple[jax.Array, Any]:
+    """Return x and the block with its parameters gathered (`sharding.gather_rows`).
+
+    The small first steps are done before the layer begins: between the start and the end of a larger
+    collective over the same links they would wait for it.
+    """
+    partitioner = active()
+    if partitioner is None or partitioner.mesh.size == 1:
+        return x_BTD, block
+    rows = map_parameters(block, gather_rows)
+    x_BTD, rows = _before(x_BTD, rows)
+    return x_BTD, map_parameters(rows, gather_whole)
+
+
+@jax.custom_vjp
+def _before(x, block):
+    return jax.lax.optimization_barrier((x, block))
+
+
+# The gradient of x does not wait for those of the parameters.
+_before.defvjp(lambda x, block: (_before(x, block), None), lambda _, gradients: gradients)
+
+
 def _scan(body, x, stacked_tree, length: int, backwards: bool):
     """Scan over the leading axis; an axis of one needs no loop and leaves its arrays in place."""
     if length > 1:
@@ -481,23 +560,40 @@ def restack(module: Decoder, *, scan_layers: bool) -> Decoder:
 
     Values are copied, not changed; logits are the same up to the order of float additions.
     """
-    places = locate(module.config.segments())
-    config = dataclasses.replace(module.config, scan_layers=scan_layers)
+    return rebuilt(module, dataclasses.replace(module.config, scan_layers=scan_layers))
+
+
+def rebuilt(module: Decoder, config: DecoderConfig) -> Decoder:
+    """Return the same model under a config of other stacks, or of weights in fewer bits.
+
+    Args:
+      module: its variables are copied, layer by layer; quantised where the config has them in few
+        bits and the module does not, and made into numbers where it is the other way round.
+      config: of the same layers.
+    """
+    places, formats = locate(module.config.segments()), config.weight_formats()
     definition, params, buffers = split(abstract(config.build, jax.random.key(0)))
     _, old_params, old_buffers = split(module)
 
+    def kept(name: str, target: Any, value: Any) -> Any:
+        if is_coded(target) and not is_coded(value):
+            return formats[name].quantise(inner_first(name, value))
+        if is_coded(value) and not is_coded(target):
+            return inner_first(name, value.dequantize(module.dtype))
+        return value
+
     def convert(target: dict, source: dict) -> dict:
         source_of, new = flatten(source), {}
-        for name in flatten(target):
+        for name, leaf in flatten(target).items():
             if not name.startswith("segments/"):
-                new[name] = source_of[name]
+                new[name] = kept(name, leaf, source_of[name])
                 continue
             _, index, run, rest = name.split("/", 3)
             pieces = []
             for layer in stacked_layers(config.segments(), int(index), int(run)):
                 s, r, place = places[layer]
-                pieces.append(source_of[f"segments/{s}/{r}/{rest}"][place])
-            new[name] = jnp.stack(pieces)
+                pieces.append(kept(name, leaf, source_of[f"segments/{s}/{r}/{rest}"][place]))
+            new[name] = jax.tree.map(lambda *parts: jnp.stack(parts), *pieces)
         return unflatten(new)
 
     return definition.merge(convert(params, old_params), convert(buffers, old_buffers))

@@ -221,7 +221,7 @@ class MultimodalDecoder(Decoder):
                 self.config.check_images(tokens_BT, images)
             features = self.placed(tokens_BT, images, remat=remat)
         if features is not None:
-            own_BTD = self.embedding(tokens_BT) if embeddings_BTD is None else embeddings_BTD
+            own_BTD = self.embed(tokens_BT) if embeddings_BTD is None else embeddings_BTD
             embeddings_BTD = features.over(own_BTD)
         return super().forward(
             tokens_BT,

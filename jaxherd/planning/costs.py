@@ -130,8 +130,10 @@ class CostModel:
                 flops, gradient = attention_flops(instruction)
                 share = self.shares.attention_gradient if gradient else self.shares.attention
             matmul = flops / (self.peak * share)
-            seconds = max(matmul, max(moved, stated) / self.bandwidth)
-            return Cost(seconds, matmul, max(moved, stated), kernel=True, priced=bool(flops))
+            # A kernel may leave most of a buffer alone, which the buffer's size does not tell.
+            moved = stated or moved
+            seconds = max(matmul, moved / self.bandwidth)
+            return Cost(seconds, matmul, moved, kernel=True, priced=bool(flops))
         cycles = instruction.estimated_cycles
         seconds = transfer if cycles is None else cycles / self.chip.clock_hz
         return Cost(seconds, seconds if self.has_matmul(instruction) else 0.0, moved)

@@ -50,7 +50,9 @@ FLAG_SETS: Mapping[str, FlagSet] = MappingProxyType(
             _set(
                 "sparsecore",
                 "Hands gathers, scatters, reductions and the rows of routed experts to the SparseCores, "
-                "which drive the links while the TensorCore computes.",
+                "which drive the links while the TensorCore computes.  Numbers are rounded where the "
+                "program rounds them: kept wider between operations, as the compiler otherwise may, "
+                "they cost passes over wider arrays.",
                 ("v5p", "v6e", "tpu7x"),
                 xla_tpu_enable_sparse_core_collective_offload_all_gather=True,
                 xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=True,
@@ -60,6 +62,7 @@ FLAG_SETS: Mapping[str, FlagSet] = MappingProxyType(
                 xla_tpu_use_tc_device_shape_on_sc=True,
                 xla_sc_disable_megacore_partitioning=True,
                 xla_tpu_enable_async_collective_fusion_fuse_all_gather=False,
+                xla_allow_excess_precision=False,
             ),
         )
     }

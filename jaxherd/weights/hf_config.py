@@ -55,13 +55,37 @@ def architecture_of(config: Mapping[str, Any]) -> str:
                 shown, [n for n in ARCHITECTURES if n.endswith(("LM", "Generation", "Model"))]
             )
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not stores_fp8(config):
         raise JaxherdError(
-            "config.json: quantised safetensors are not read; load the bf16 weights or a GGUF file."
+            "config.json: of quantised safetensors only fp8 with a scale an output is read "
+            "(compressed-tensors, fbgemm_fp8); load the bf16 weights or a GGUF file."
         )
     if ARCHITECTURES[name] == "t5" and config.get("feed_forward_proj", "relu") == "relu":
         return "t5_relu"
     return ARCHITECTURES[name]
+
+
+def stores_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` says that weights are e4m3 with a scale an output.
+
+    That is fbgemm_fp8, or compressed-tensors of which every group has float weights of eight bits
+    by channel (llama4.md section 9).
+    """
+    about = config.get("quantization_config")
+    if not isinstance(about, Mapping):
+        return False
+    if about.get("quant_method") == "fbgemm_fp8":
+        return True
+    groups = about.get("config_groups")
+    if about.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
+        return False
+
+    def fits(group: Any) -> bool:
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        wanted = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+        return isinstance(weights, Mapping) and all(weights.get(k) == v for k, v in wanted.items())
+
+    return bool(groups) and all(fits(group) for group in groups.values())
 
 
 def read_config(config: Mapping[str, Any], *, text_only: bool = False) -> Any:

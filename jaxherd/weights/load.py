@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,18 @@ from jaxherd.models.multimodal_decoder import (
     MultimodalDecoderConfig,
     text_part,
 )
+from jaxherd.models.quantise import AS_STORED, Recipe, recipe_of
+from jaxherd.models.quantise import quantise as quantised
 from jaxherd.models.t5_encoder import T5EncoderConfig
 from jaxherd.weights import registry
-from jaxherd.weights.assemble import assemble, decoder_placements
+from jaxherd.weights.assemble import assemble, decoder_placements, with_parts
 from jaxherd.weights.generation import GenerationDefaults, generation_defaults, load_tokenizer
 from jaxherd.weights.gguf_config import ROPE_FACTORS, read_gguf_config
-from jaxherd.weights.hf_config import architecture_of, read_config
+from jaxherd.weights.hf_config import architecture_of, read_config, stores_fp8
 from jaxherd.weights.licence import LlamaMaterials, llama_materials, remember
 from jaxherd.weights.mapping import Placement, Rule
-from jaxherd.weights.stores import SafetensorsStore, open_folder, refuse_pickle
+from jaxherd.weights.stored_codes import Fp8Store, GgufCodes, stored_formats
+from jaxherd.weights.stores import SafetensorsStore, TensorStore, open_folder, refuse_pickle
 from jaxherd.weights.trained import load_trained, trained_config, trained_folder
 
 __all__ = [
@@ -53,7 +56,13 @@ _TIED_COPIES = ("model.embed_tokens.weight", "lm_head.weight")
 _T5_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool = False) -> Any:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    text_only: bool = False,
+    quantise: str | Recipe | None = None,
+) -> Any:
     """Return the model at `source` as a module; `module.config` tells what it is.
 
     A T5 folder gives the encoder alone; a decoder in it is left out.
@@ -64,12 +73,18 @@ def load(source: str | os.PathLike[str], *, dtype: Any = None, text_only: bool =
       dtype: of all weights: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own,
         which for GGUF is float32.
       text_only: of a multimodal model only the text part is read, as a model of its own.
+      quantise: keep weights in few bits, by a recipe of `jaxherd.models.quantise` ("int4_mixed",
+        "fp8_mixed", "int8", ...); each matrix is coded as it is read, so that the host does not
+        hold the model twice (a run of ours is read as a whole first).  "as_stored" keeps the codes
+        that a GGUF file or an fp8 folder has; without it they become numbers.
     Raises:
       JaxherdError: an unknown architecture, tensors that do not fit (all of them are listed),
         a damaged file, a pickle, or a source that cannot be had.
     """
+    if quantise not in (None, AS_STORED):
+        quantise = recipe_of(quantise, (AS_STORED,))
     kind, located = _dtype(dtype), _located(source)
-    module = _load(located, kind, text_only)
+    module = _load(located, kind, text_only, quantise)
     # What was read as a whole is cut here; a Hugging Face folder was not read as a whole.
     if text_only and isinstance(module, MultimodalDecoder):
         module = text_part(module)
@@ -135,21 +150,43 @@ def _located(source: str | os.PathLike[str]) -> _Located:
     return ("jaxherd" if entries.get("format") == registry.FORMAT else "hf"), path, entries
 
 
-def _load(located: _Located, dtype: Any, text_only: bool) -> Any:
+def _load(located: _Located, dtype: Any, text_only: bool, quantise: Recipe | str | None) -> Any:
     kind, path, config = located
     if kind == "gguf":
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, dtype, quantise)
+    if kind != "hf" and quantise == AS_STORED:
+        raise JaxherdError(
+            f"{str(path)!r} is of our own making and is read as it is stored anyway: leave "
+            "'as_stored' away."
+        )
     if kind == "trained":
-        return load_trained(path, dtype)
+        recipe = cast(Recipe | None, quantise)
+        if recipe is not None:
+            recipe.apply(trained_config(path))  # what does not fit is told before weights are read
+        module = load_trained(path, dtype)
+        return module if recipe is None else quantised(module, recipe)
     if kind == "jaxherd":
         where = str(path if path.is_dir() else path.parent)
-        return _load_own(path, registry.own_config(config, where), dtype)
+        return _load_own(path, registry.own_config(config, where), dtype, quantise)
     model, architecture = read_config(config, text_only=text_only), architecture_of(config)
     multimodal = isinstance(model, MultimodalDecoderConfig)
     if architecture == "llama4" and not multimodal:
         architecture = "llama4_text"
     prefix = _TEXT if multimodal else ""
-    store = _Canonical(_open(path), prefix)
+    store: Any = _Canonical(_open(path), prefix)
+    codes = None
+    if stores_fp8(config):
+        store = Fp8Store(store)
+    if quantise == AS_STORED:
+        if not isinstance(store, Fp8Store):
+            raise JaxherdError(
+                f"{store.where} says nothing of fp8 weights in its config.json, so there are no "
+                "codes to keep: choose a recipe in place of 'as_stored'."
+            )
+        codes = store
+        model = stored_formats(model, architecture, store.shapes, store.format_of, store.where)
+    elif quantise is not None:
+        model = cast(Recipe, quantise).apply(model)
     if isinstance(model, T5EncoderConfig):
         _check_second_copy(store, *_T5_COPIES)
         ignored = _ignored_in_t5
@@ -163,7 +200,7 @@ def _load(located: _Located, dtype: Any, text_only: bool) -> Any:
             return _ignored(name.removeprefix(prefix), model.tie_embeddings)
 
     placements = decoder_placements(model, architecture, store)
-    return assemble(model, store, placements, dtype=dtype, ignored=ignored)
+    return assemble(model, store, placements, dtype=dtype, ignored=ignored, codes=codes)
 
 
 def resolve_model(source: str | os.PathLike[str]) -> pathlib.Path:
@@ -227,7 +264,7 @@ class _Canonical:
         return self._store.read(self._names[name])
 
 
-def _check_second_copy(store: _Canonical, table: str, head: str) -> None:
+def _check_second_copy(store: TensorStore, table: str, head: str) -> None:
     if (
         table in store.shapes
         and head in store.shapes
@@ -257,22 +294,32 @@ def _ignored_in_t5(name: str) -> bool:
     return name.startswith("decoder.") or name in ("lm_head.weight", _T5_COPIES[1])
 
 
-def _load_gguf(path: pathlib.Path, dtype: Any) -> Any:
+def _load_gguf(path: pathlib.Path, dtype: Any, quantise: Recipe | str | None) -> Any:
     store = GgufStore(path)
-    config = read_gguf_config(store.metadata, store)
+    config, codes = read_gguf_config(store.metadata, store), None
+    if quantise == AS_STORED:
+        codes = GgufCodes(store)
+        config = stored_formats(config, "gguf_llama", store.shapes, codes.format_of, store.where)
+    elif quantise is not None:
+        config = cast(Recipe, quantise).apply(config)
     return assemble(
         config,
         store,
         decoder_placements(config, "gguf_llama", store),
         dtype=dtype,
         ignored=lambda name: name == ROPE_FACTORS,
+        codes=codes,
     )
 
 
-def _load_own(path: pathlib.Path, config: Any, dtype: Any) -> Any:
+def _load_own(path: pathlib.Path, config: Any, dtype: Any, quantise: Any = None) -> Any:
     store = _open(path)
+    if quantise is not None:
+        config = quantise.apply(config)
+    # Codes that were saved have names of their own for their arrays.
+    parts = quantise is None
     _, params, _ = split(abstract(config.build, jax.random.key(0)))
-    trained = flatten(params)
+    trained = with_parts(flatten(params)) if parts else flatten(params)
 
     def placements(shapes: Mapping[str, tuple[int, ...]]) -> list[Placement]:
         return [
@@ -286,4 +333,4 @@ def _load_own(path: pathlib.Path, config: Any, dtype: Any) -> Any:
             for path, shape in shapes.items()
         ]
 
-    return assemble(config, store, placements, dtype=dtype, zero_buffers=False)
+    return assemble(config, store, placements, dtype=dtype, zero_buffers=False, parts=parts)

@@ -57,6 +57,16 @@ class Rule:
         value = value.swapaxes(-1, -2) if self.transpose else value
         return half_to_interleaved(value, head_dim) if self.rotary else value
 
+    def scales_to_ours(self, scales: np.ndarray, head_dim: int) -> np.ndarray:
+        """Return the scales [..., B, N] of a matrix [..., K, N] in our layout.
+
+        Those of a Linear stand beside its outputs, [out, B]; those of fused experts come as
+        [expert, 1, out], and of their way down also as [expert, out, 1].
+        """
+        if not self.transpose and scales.shape[-1] == 1:
+            scales = scales.swapaxes(-1, -2)
+        return self.to_ours(scales, head_dim)
+
     def their_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the tensor whose value has our shape."""
         if self.transpose:

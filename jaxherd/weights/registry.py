@@ -17,6 +17,7 @@ from jaxherd.layers.feed_forward import FeedForwardConfig
 from jaxherd.layers.moe import MoeConfig
 from jaxherd.layers.rope import RopeConfig, RopeScaling
 from jaxherd.layers.vector_quantiser import QuantiserConfig
+from jaxherd.layers.weight_format import WeightFormat
 from jaxherd.models.decoder import DecoderConfig, LayerConfig
 from jaxherd.models.multimodal_decoder import MultimodalDecoderConfig
 from jaxherd.models.ngram_classifier import NgramClassifierConfig
@@ -56,6 +57,7 @@ CONFIG_CLASSES: list[type] = [
     TextStates,
     VelocityTransformerConfig,
     VisionTowerConfig,
+    WeightFormat,
 ]
 
 

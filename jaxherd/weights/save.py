@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxherd.core.coded import is_coded
 from jaxherd.core.errors import JaxherdError, StorageError, nearest
 from jaxherd.core.modules import flatten, split
 from jaxherd.weights import registry
+from jaxherd.weights.assemble import with_parts
 from jaxherd.weights.generation import GenerationDefaults
 from jaxherd.weights.hf_config import write_config
 from jaxherd.weights.licence import joined, remembered
@@ -69,6 +71,11 @@ def save(
         companions, texts = [*companions, *licences], texts | notices
     _, params, buffers = split(module)
     if format == "hf":
+        if any(is_coded(value) for value in flatten(params).values()):
+            raise JaxherdError(
+                "a model with weights in few bits is saved with format='jaxherd' alone: choose that, "
+                "or jaxherd.models.quantise.dequantised(model) for plain weights."
+            )
         architecture, entries = write_config(module.config)
         ids = _token_ids(generation)
         entries |= ids
@@ -82,7 +89,7 @@ def save(
         tensors = {
             f"{kind}/{path}": (tuple(a.shape), np.dtype(a.dtype), lambda a=a: np.asarray(a))
             for kind, tree in (("params", params), ("buffers", buffers))
-            for path, a in flatten(tree).items()
+            for path, a in with_parts(flatten(tree)).items()
         }
     scratch = None
     try:

@@ -32,6 +32,7 @@ DTYPES: dict[str, np.dtype] = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -77,9 +78,21 @@ class SafetensorsStore:
     def read(self, name: str) -> np.ndarray:
         """Return one tensor as a new array."""
         file = self._file_of[name]
+        if self.dtypes[name] == DTYPES["F8_E4M3"]:
+            # The safetensors package gives no NumPy array of eight-bit floats.
+            return _read_bytes(file, name).view(self.dtypes[name]).reshape(self.shapes[name])
         if file != self._open_file:
             self._open_file, self._handle = file, _open(file)
         return self._handle.get_tensor(name)
+
+
+def _read_bytes(file: pathlib.Path, name: str) -> np.ndarray:
+    """Return the bytes of a tensor of a file whose header was found sound."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        begin, end = json.loads(opened.read(length))[name]["data_offsets"]
+        opened.seek(8 + length + begin)
+        return np.fromfile(opened, np.uint8, end - begin)
 
 
 def _open(file: pathlib.Path) -> Any:

@@ -8,6 +8,38 @@ tokens.  Prints one JSON object.
 
 import argparse
 import json
+from typing import Any
+
+
+def measure(module: Any, source: str, corpus: str, batches: int) -> dict[str, Any]:
+    """Return what a model loses on held-out text, by token and by byte."""
+    import jax
+
+    from jaxherd.data.packed_text import PackedText, TokenizerFile
+    from jaxherd.training import metrics
+    from jaxherd.training.objectives import NextToken
+    from jaxherd.weights.load import resolve_model
+
+    data = PackedText(
+        corpus=corpus,
+        tokenizer_config=TokenizerFile(str(resolve_model(source))),
+        sequence_length=512,
+        batch_size=4,
+        max_eval_batches=batches,
+    )
+    objective = NextToken()
+    step = jax.jit(lambda m, b: objective(m, b, jax.random.key(0))[1])
+    total = None
+    for batch in data.build(split="heldout", seed=0):
+        sums = step(module, batch)
+        total = sums if total is None else metrics.add(total, sums)
+    assert total is not None
+    found = {name: float(value) for name, value in metrics.means(jax.device_get(total)).items()}
+    return {
+        "tokens": float(total["nll"][1]),
+        "bits_per_byte": round(found["bits_per_byte"], 4),
+        "nats_per_token": round(found["nll"], 4),
+    }
 
 
 def main() -> None:
@@ -20,34 +52,10 @@ def main() -> None:
     from jaxherd.cli import common
 
     common.local_devices("cpu")
-    import jax
-
     import jaxherd
-    from jaxherd.data.packed_text import PackedText, TokenizerFile
-    from jaxherd.training import metrics
-    from jaxherd.training.objectives import NextToken
-    from jaxherd.weights.load import resolve_model
 
-    module = jaxherd.load(a.source)
-    data = PackedText(
-        corpus=a.corpus,
-        tokenizer_config=TokenizerFile(str(resolve_model(a.source))),
-        sequence_length=512,
-        batch_size=4,
-        max_eval_batches=a.batches,
-    )
-    objective = NextToken()
-    step = jax.jit(lambda m, b: objective(m, b, jax.random.key(0))[1])
-    total = None
-    for batch in data.build(split="heldout", seed=0):
-        sums = step(module, batch)
-        total = sums if total is None else metrics.add(total, sums)
-    assert total is not None
-    found = {name: float(value) for name, value in metrics.means(jax.device_get(total)).items()}
-    tokens = float(total["nll"][1])
-    print(json.dumps({"source": a.source, "corpus": a.corpus, "tokens": tokens,
-                      "bits_per_byte": round(found["bits_per_byte"], 4),
-                      "nats_per_token": round(found["nll"], 4)}))  # fmt: skip
+    found = measure(jaxherd.load(a.source), a.source, a.corpus, a.batches)
+    print(json.dumps({"source": a.source, "corpus": a.corpus, **found}))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ WRONG = {
     ),
     "devices": (["run", "llama4/scout", "--on", "cpu:64"], "XLA_FLAGS"),
     "model": (["generate", "no-such-model", "--prompt", "x"], "no-such-model"),
+    "recipe": (
+        ["inspect", "llama4/scout", "--no-batch", "--quantise", "int4_mixd"],
+        "did you mean 'int4_mixed'? Choices: fp8_mixed, int4, ",
+    ),
+    "recipe without decoding": (["plan", "llama4/scout", "--quantise", "int8"], "add --decode"),
     "tokenizer": (
         ["run", "llama4/scout", "--set", "pretrain.data.tokenizer_config.vocab_size=12"],
         "vocab",
@@ -95,6 +100,14 @@ def test_inspect_counts_without_data(capsys):
     assert stage["state_gib_per_device"] == pytest.approx(107.77e9 * 12 / 128 / 2**30, rel=0.02)
     # Six FLOPs per active weight and token, and the attention scores.
     assert stage["flops_per_token"] == pytest.approx(6 * 16.1e9, rel=0.15)
+
+
+def test_inspect_counts_the_bytes_that_serve(capsys):
+    stage = inspected(capsys, "--on", "v5p:4x4x8", "--quantise", "int4_mixed")
+    found = stage["served_bytes"]
+    assert found["int8"] * 2 == 102_676_561_920  # two experts' weights a byte
+    assert found["total"] == found["int8"] + found["float32"] + found["bfloat16"]
+    assert found["total"] < 65e9
 
 
 def inspected(capsys, *arguments):

@@ -80,7 +80,7 @@ class ClassifierGuard:
         if not isinstance(module, NgramClassifier):
             raise JaxherdError(f"{str(path)!r} holds a {type(module).__name__} and no classifier.")
         name, calibration = entries.get("name", path.name), entries.get("calibration", {})
-        threshold = entries.get("threshold")
+        threshold: Any = entries.get("threshold")
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         if not number or not isinstance(name, str) or not isinstance(calibration, Mapping):
             raise JaxherdError(

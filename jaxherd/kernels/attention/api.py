@@ -1,5 +1,7 @@
 """One entry to attention; `implementation` says which code runs."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -64,8 +66,8 @@ def attention(
         q_BTHD = (q_BTHD * temperature_BT[:, :, None, None]).astype(q_BTHD.dtype)
     factor = float(q_BTHD.shape[-1] ** -0.5 if scale is None else scale)
     q_BTHD, k_BSKD, v_BSKD = mask.without_padding(q_BTHD, k_BSKD, v_BSKD)
-    out_BTHD = _attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret)
-    if mask.contiguous:
+    out_BTHD: Any = _attend(q_BTHD, k_BSKD, v_BSKD, mask, factor, implementation, interpret)
+    if mask.contiguous or mask.finite_padding:
         return out_BTHD
     # What comes back for padding may be anything as well; kernels let padding attend to padding.
     return jnp.where((mask.q_positions_BT >= 0)[:, :, None, None], out_BTHD, 0)

@@ -40,6 +40,8 @@ class AttentionMask:
         the row's own, or is empty (-1): a full layer's cache, or the pages that a piece of a prompt
         sees.  Every position that a query sees is there, and under a local rule the queries are
         consecutive tokens.
+      finite_padding: padding holds numbers, as the tokens of a batch do, and nobody reads what its
+        queries give: neither is set to zero, which would cost passes over all arrays.
     """
 
     q_positions_BT: Int[Array, "B T"]
@@ -52,6 +54,7 @@ class AttentionMask:
     self_attention: bool = dataclasses.field(default=False, metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     keys_by_position: bool = dataclasses.field(default=False, metadata={"static": True})
+    finite_padding: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def is_local(self) -> bool:
@@ -80,7 +83,7 @@ class AttentionMask:
         A weight of zero would not do: zero times what is no number is none, and scores of padding
         with itself may overflow in the gradient.
         """
-        if self.contiguous:
+        if self.contiguous or self.finite_padding:
             return q_BTNH, k_BSKH, v_BSKH
 
         def kept(x, positions):
@@ -106,6 +109,7 @@ class AttentionMask:
             self_attention=False,
             contiguous=False,
             keys_by_position=False,
+            finite_padding=False,
         )
 
     def queries(self, start, length: int) -> "AttentionMask":

@@ -13,6 +13,7 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.core.platform import chip, platform
 from jaxherd.kernels.grouped_matmul import blocked, reference
 from jaxherd.kernels.grouped_matmul.tiles import limits_of
+from jaxherd.kernels.quantized_matmul.reference import activation_codes
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
 
 IMPLEMENTATIONS = ("reference", "blocked", "ragged_dot", "megablox", "pallas_tpu", "pallas_gpu")
@@ -25,6 +26,7 @@ def grouped_matmul(
     group_sizes_G: Int[Array, "G"],
     *,
     expected_rows: int | None = None,
+    across: tuple[str, ...] = (),
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
@@ -48,10 +50,13 @@ def grouped_matmul(
     Args:
       x_MK: rows sorted by group.
       w_GKN: one matrix a group; a code is dequantised inside pallas_tpu, before the product
-        elsewhere, and is a constant to the gradient.
+        elsewhere, and is a constant to the gradient.  Where it asks for rounded `activations`, x
+        is rounded by rows first and has no gradient.
       group_sizes_G: rows of each group; zero is allowed; the sum is at most M.
       expected_rows: what the sum of the sizes is expected to be; M by default.  It changes no
         result: our Pallas kernels tell XLA and the planner what they cost with so many rows.
+      across: mesh axes over which K is split, inside `shard_map`: rows are rounded by their whole
+        maximum.
       implementation: see above.
       interpret: run a Pallas implementation in interpret mode, for tests on CPU.
     Returns:
@@ -63,7 +68,11 @@ def grouped_matmul(
     """
     name = _choose("grouped_matmul", implementation, interpret)
     _check("grouped_matmul", x_MK, [w_GKN], group_sizes_G, expected_rows)
-    return _product(name, x_MK, w_GKN, group_sizes_G, interpret, expected_rows)
+    args = (group_sizes_G, interpret, expected_rows)
+    if isinstance(w_GKN, QuantizedMatrix) and w_GKN.activations is not None:
+        codes_MK, scales_M1 = _rounded(x_MK, w_GKN.activations, group_sizes_G, across)
+        return _scaled(_product(name, codes_MK, w_GKN, *args), scales_M1)
+    return _product(name, x_MK, w_GKN, *args)
 
 
 def grouped_swiglu(
@@ -97,6 +106,13 @@ def grouped_swiglu(
     """
     name = _choose("grouped_swiglu", implementation, interpret)
     _check("grouped_swiglu", x_MK, [gate_GKN, up_GKN], group_sizes_G, expected_rows)
+    args = (group_sizes_G, interpret, expected_rows)
+    scales_M1 = None
+    if isinstance(gate_GKN, QuantizedMatrix) and gate_GKN.activations is not None:
+        if row_scale_M is not None:
+            x_MK = _multiplied(x_MK, row_scale_M, group_sizes_G)
+        x_MK, scales_M1 = _rounded(x_MK, gate_GKN.activations, group_sizes_G, ())
+        row_scale_M = scales_M1[:, 0]
     if name == "pallas_tpu":
         from jaxherd.kernels.grouped_matmul import pallas_tpu
 
@@ -104,14 +120,49 @@ def grouped_swiglu(
             x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, limits_of(chip()), interpret,
             expected_rows,
         )  # fmt: skip
+    if scales_M1 is not None:
+        # Codes are exact in the dtype of x, their products with a scale need not be.
+        gate_MN, up_MN = (
+            _scaled(_product(name, x_MK, w, *args), scales_M1) for w in (gate_GKN, up_GKN)
+        )
+        return jax.nn.silu(gate_MN) * up_MN
     if row_scale_M is not None:
-        # What stands in the tail would reach the gradients of both through their product.
-        used_M = jnp.arange(x_MK.shape[0]) < group_sizes_G.sum()
-        x_MK = jnp.where(used_M[:, None], x_MK, 0)
-        x_MK = x_MK * jnp.where(used_M, row_scale_M, 0)[:, None].astype(x_MK.dtype)
-    args = (group_sizes_G, interpret, expected_rows)
+        x_MK = _multiplied(x_MK, row_scale_M, group_sizes_G)
     gate_MN = _product(name, x_MK, gate_GKN, *args)
     return jax.nn.silu(gate_MN) * _product(name, x_MK, up_GKN, *args)
+
+
+def _multiplied(x_MK, row_scale_M, group_sizes_G):
+    # What stands in the tail would reach the gradients of both through their product.
+    used_M = jnp.arange(x_MK.shape[0]) < group_sizes_G.sum()
+    x_MK = jnp.where(used_M[:, None], x_MK, 0)
+    return x_MK * jnp.where(used_M, row_scale_M, 0)[:, None].astype(x_MK.dtype)
+
+
+def _rounded(x_MK, activations: str, group_sizes_G, across: tuple[str, ...]):
+    """Return (codes in the dtype of x, scales); the scales of the tail, which may hold anything, are 0."""
+    codes_MK, scales_M1 = activation_codes(_constant(x_MK), activations, across)
+    used_M1 = (jnp.arange(x_MK.shape[0]) < group_sizes_G.sum())[:, None]
+    return codes_MK.astype(x_MK.dtype), jnp.where(used_M1, scales_M1, 0)
+
+
+def _scaled(y_MN, scales_M1):
+    return (y_MN.astype(jnp.float32) * scales_M1).astype(y_MN.dtype)
+
+
+@jax.custom_vjp
+def _constant(x_MK):
+    return x_MK
+
+
+def _constant_forward(x_MK):
+    raise JaxherdError(
+        "grouped_matmul: rounded activations have no gradient; train with plain weights, or with "
+        "codes whose `activations` are None."
+    )
+
+
+_constant.defvjp(_constant_forward, lambda saved, dy: (dy,))
 
 
 def _product(name: str, x_MK, w_GKN, group_sizes_G, interpret: bool, expected_rows) -> Any:
@@ -178,7 +229,8 @@ def _check(function: str, x_MK, weights: list[Any], group_sizes_G, expected_rows
             f"{function}: {group_sizes_G.shape[0]} group sizes for {w_GKN.shape[0]} matrices."
         )
     kinds = {
-        (w.code, w.packed, w.blocks) if isinstance(w, QuantizedMatrix) else w.dtype for w in weights
+        (w.code, w.packed, w.blocks, w.activations) if isinstance(w, QuantizedMatrix) else w.dtype
+        for w in weights
     }
     if len({tuple(w.shape) for w in weights}) > 1 or len(kinds) > 1:
         raise JaxherdError(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxherd.kernels.grouped_matmul.pallas_tpu_forward import Weights, forward
+from jaxherd.kernels.grouped_matmul.pallas_tpu_gated import gated_gradient
 from jaxherd.kernels.grouped_matmul.pallas_tpu_gradient import gradient
 from jaxherd.kernels.grouped_matmul.tiles import Limits, Tiles, forward_tiles, gradient_tiles
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
@@ -27,11 +28,12 @@ def grouped_matmul(
 
 
 def _product(
-    x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, expected_rows=None, transposed=False
+    x_MK, w_GKN: Weights, group_sizes_G, limits, interpret, expected_rows=None, transposed=False,
+    addend_MN=None,
 ):  # fmt: skip
-    tiles = tiles_of(x_MK, (w_GKN,), limits, transposed)
+    tiles = tiles_of(x_MK, (w_GKN,), limits, transposed, results=1 if addend_MN is None else 2)
     return forward(x_MK, (w_GKN,), group_sizes_G, tiles=tiles, transposed=transposed,
-                   expected_rows=expected_rows, interpret=interpret)  # fmt: skip
+                   addend_MN=addend_MN, expected_rows=expected_rows, interpret=interpret)  # fmt: skip
 
 
 def tiles_of(
@@ -138,27 +140,37 @@ def _swiglu_backward(limits, interpret, expected_rows, saved, dh_MN):
     The products are kept without s, which then has its gradient where it is zero too.
     """
     x_MK, gate_GKN, up_GKN, group_sizes_G, row_scale_M, a0_MN, b0_MN = saved
-    how = (limits, interpret, expected_rows)
+    how, ds_M = (limits, interpret, expected_rows), None
+    if row_scale_M is None:
+        da_MN, db_MN = gated_gradient(
+            dh_MN, a0_MN, b0_MN, group_sizes_G, expected_rows=expected_rows, interpret=interpret
+        )
+    else:
+        da_MN, db_MN, ds_M = _scaled_gradient(dh_MN, a0_MN, b0_MN, group_sizes_G, row_scale_M)
+        da_MN, db_MN = (d.astype(x_MK.dtype) for d in (da_MN, db_MN))
+    args = (group_sizes_G, *how)
+    dx_MK = _product(da_MN, _plain(gate_GKN, x_MK.dtype), *args, transposed=True)
+    # The second product adds the first, which saves a pass over both.
+    dx_MK = _product(
+        db_MN, _plain(up_GKN, x_MK.dtype), *args, transposed=True, addend_MN=dx_MK
+    )  # fmt: skip
+    dgate_GKN = _weight_gradient(x_MK, da_MN, group_sizes_G, gate_GKN, *how)
+    dup_GKN = _weight_gradient(x_MK, db_MN, group_sizes_G, up_GKN, *how)
+    return dx_MK, dgate_GKN, dup_GKN, None, ds_M
+
+
+def _scaled_gradient(dh_MN, a0_MN, b0_MN, group_sizes_G, row_scale_M):
+    """Return (s da, s db, ds) where rows are scaled; the first two in float32."""
     a0_MN, b0_MN = a0_MN.astype(jnp.float32), b0_MN.astype(jnp.float32)
-    used_M1 = (jnp.arange(x_MK.shape[0]) < group_sizes_G.sum())[:, None]
+    used_M1 = (jnp.arange(len(a0_MN)) < group_sizes_G.sum())[:, None]
     dh_MN = jnp.where(used_M1, dh_MN, 0).astype(jnp.float32)
-    s_M1 = jnp.ones((), jnp.float32)
-    if row_scale_M is not None:
-        s_M1 = jnp.where(used_M1, row_scale_M[:, None], 0).astype(jnp.float32)
+    s_M1 = jnp.where(used_M1, row_scale_M[:, None], 0).astype(jnp.float32)
     a_MN, b_MN = s_M1 * a0_MN, s_M1 * b0_MN
     sigmoid_MN = jax.nn.sigmoid(a_MN)
     da_MN = dh_MN * b_MN * sigmoid_MN * (1 + a_MN * (1 - sigmoid_MN))
     db_MN = dh_MN * a_MN * sigmoid_MN
-    ds_M = None
-    if row_scale_M is not None:
-        ds_M = (da_MN * a0_MN + db_MN * b0_MN).sum(axis=1).astype(row_scale_M.dtype)
-    da_MN, db_MN = ((s_M1 * d).astype(x_MK.dtype) for d in (da_MN, db_MN))
-    args = (group_sizes_G, *how)
-    dx_MK = _product(da_MN, _plain(gate_GKN, x_MK.dtype), *args, transposed=True)
-    dx_MK = dx_MK + _product(db_MN, _plain(up_GKN, x_MK.dtype), *args, transposed=True)
-    dgate_GKN = _weight_gradient(x_MK, da_MN, group_sizes_G, gate_GKN, *how)
-    dup_GKN = _weight_gradient(x_MK, db_MN, group_sizes_G, up_GKN, *how)
-    return dx_MK, dgate_GKN, dup_GKN, None, ds_M
+    ds_M = (da_MN * a0_MN + db_MN * b0_MN).sum(axis=1).astype(row_scale_M.dtype)
+    return s_M1 * da_MN, s_M1 * db_MN, ds_M
 
 
 # Where a pass is to be computed again, its first run needs no products and writes none.

@@ -37,6 +37,7 @@ def forward(
     transposed: bool = False,
     row_scale_M: jax.Array | None = None,
     products: bool = False,
+    addend_MN: jax.Array | None = None,
     expected_rows: int | None = None,
     interpret=False,
 ) -> Any:
@@ -50,6 +51,7 @@ def forward(
       transposed: the weights are given as [G, N, K] (not for codes).
       row_scale_M: s, a factor of each row of x; it meets the float32 accumulator.
       products: return (y_MN, x w_0, x w_1), rounded to the dtype of x and without s.
+      addend_MN: added to y (with one weight) in float32; its tail may hold anything.
       expected_rows: see `cost`.
       interpret: as of `pallas_call`.
     """
@@ -78,6 +80,9 @@ def forward(
     def y_map(n, v, k, live, tile, source, group, start, stop):
         return tile[v], n
 
+    def addend_map(n, v, k, live, tile, source, group, start, stop):
+        return source[v], n
+
     packed = isinstance(weights[0], QuantizedMatrix) and weights[0].packed
     operands, specs = [x_MK], [pl.BlockSpec((tiles.rows, tiles.inner), x_map)]
     if row_scale_M is not None:
@@ -92,6 +97,9 @@ def forward(
         for part in _code_parts(w):
             operands.append(part.astype(jnp.float32))
             specs.append(pl.BlockSpec((None, part.shape[1], tiles.columns), scales_map))
+    if addend_MN is not None:
+        operands.append(addend_MN)
+        specs.append(pl.BlockSpec((tiles.rows, tiles.columns), addend_map))
     results = 1 + len(weights) if products else 1
     kernel = functools.partial(
         _kernel,
@@ -101,6 +109,7 @@ def forward(
         scaled=row_scale_M is not None,
         packed=packed,
         parts=tuple(len(_code_parts(w)) for w in weights),
+        added=addend_MN is not None,
         results=results,
     )
     name = "grouped_swiglu" if len(weights) > 1 else "grouped_matmul"
@@ -119,7 +128,13 @@ def forward(
             vmem_limit_bytes=tiles.vmem_bytes,
         ),
         cost_estimate=cost(
-            x_MK, weights, columns, tiles, results=results, expected_rows=expected_rows
+            x_MK,
+            weights,
+            columns,
+            tiles,
+            results=results,
+            added=addend_MN is not None,
+            expected_rows=expected_rows,
         ),
         interpret=interpret,
         name=f"{name}_products" if products else name,
@@ -128,7 +143,7 @@ def forward(
 
 
 def cost(
-    x_MK, weights, columns: int, tiles: Tiles, *, results: int = 1,
+    x_MK, weights, columns: int, tiles: Tiles, *, results: int = 1, added: bool = False,
     expected_rows: int | None = None,
 ) -> pl.CostEstimate:  # fmt: skip
     """Return what the product of the rows needs, if `expected_rows` of them belong to a group.
@@ -142,6 +157,7 @@ def cost(
       x_MK, weights, tiles: as of `forward`; shapes are enough.
       columns: N.
       results: how many arrays of [M, N] are written.
+      added: whether one is read.
       expected_rows: all of them by default.
     """
     rows, inner = x_MK.shape
@@ -154,7 +170,7 @@ def cost(
     )
     strips = -(-columns // tiles.columns)
     x_bytes = used * inner * x_MK.dtype.itemsize * strips
-    y_bytes = results * rows * columns * x_MK.dtype.itemsize
+    y_bytes = (results * rows + added * used) * columns * x_MK.dtype.itemsize
     return pl.CostEstimate(
         flops=2 * used * inner * columns * len(weights),
         bytes_accessed=int(x_bytes + reads * matrix_bytes + y_bytes),
@@ -179,7 +195,7 @@ class _Matrix(NamedTuple):
 
 def _kernel(
     live, tile, source, group, start, stop, x_ref, *refs, tiles: Tiles, inner, transposed, scaled,
-    packed, parts, results,
+    packed, parts, added, results,
 ):  # fmt: skip
     refs = list(refs)
     row_scale_ref = refs.pop(0) if scaled else None
@@ -187,6 +203,7 @@ def _kernel(
         _Matrix(refs.pop(0), *(refs.pop(0) for _ in range(count)), *(None,) * (2 - count))
         for count in parts
     ]
+    addend_ref = refs.pop(0) if added else None
     result_refs, accumulators = refs[:results], refs[results:]
     v, k = pl.program_id(1), pl.program_id(2)
     chunk = tiles.row_chunk
@@ -239,6 +256,8 @@ def _kernel(
             if row_scale_ref is not None:
                 sums = [total * row_scale_ref[at, :] for total in sums]
             y = sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
+            if addend_ref is not None:
+                y = y + addend_ref[at, :].astype(jnp.float32)
             write(result_refs[0], at, begin, y)
 
     @pl.when(v < live[0])

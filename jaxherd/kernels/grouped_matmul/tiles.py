@@ -113,7 +113,8 @@ def forward_tiles(
       limits: of the chip.
       x_bytes, w_bytes: of one element (0.5 for int4).
       matrices: multiplied in the same pass (2 for gate and up).
-      results: written in the same pass (3 for the hidden layer and the two products).
+      results: written in the same pass (3 for the hidden layer and the two products), or read to be
+        added.
       multiple: that chunks of K must be of; a code's scales come in groups.
     """
     tile = _row_tile(rows, limits.rows)

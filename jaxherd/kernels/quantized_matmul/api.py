@@ -24,6 +24,7 @@ def quantized_matmul(
     quantized_w_KN: QuantizedMatrix,
     *,
     activations: str | None = None,
+    across: tuple[str, ...] = (),
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
@@ -38,8 +39,10 @@ def quantized_matmul(
     Args:
       x_MK: activations.
       quantized_w_KN: one matrix.
-      activations: None, "int8" or "float8_e4m3fn" (whose row maximum is bounded by 1200, as in
-        Llama 4's fp8_mixed, llama4.md section 9).
+      activations: "int8" or "float8_e4m3fn" (whose row maximum is bounded by 1200, as in Llama 4's
+        fp8_mixed, llama4.md section 9); None takes what the matrix asks for.
+      across: mesh axes over which K is split, inside `shard_map`: rows are rounded by their whole
+        maximum.  The sum over the axes is the caller's.
       implementation: "reference" (the definition, in float32), "xla", "pallas_tpu", "pallas_gpu",
         or None: pallas_tpu on a TPU that holds the whole matrix (one device, or inside
         `shard_map`) where that kernel takes the operands, else xla.
@@ -52,6 +55,7 @@ def quantized_matmul(
     """
     w = quantized_w_KN
     w.check()
+    activations = w.activations if activations is None else activations
     if w.ndim != 2:
         raise JaxherdError(
             f"quantized_matmul: the weights {w.shape} are a stack; pick one matrix or use vmap."
@@ -78,14 +82,16 @@ def quantized_matmul(
         raise JaxherdError(f"quantized_matmul: {implementation} cannot run: {obstacle}.")
     w = jax.lax.stop_gradient(w)
     if implementation == "reference":
-        run = functools.partial(reference.reference, activations=activations)
+        run = functools.partial(reference.reference, activations=activations, across=across)
     elif implementation == "xla":
-        run = functools.partial(reference.xla, activations=activations)
+        run = functools.partial(reference.xla, activations=activations, across=across)
     else:
         static = (implementation, chip(), interpret)
         if activations is None:
             return _kernel_product(x_MK, w, static)
-        run = functools.partial(_kernel_product_of_codes, activations=activations, static=static)
+        run = functools.partial(
+            _kernel_product_of_codes, activations=activations, static=static, across=across
+        )
     return run(x_MK, w) if activations is None else _no_gradient(x_MK, w, run)
 
 
@@ -134,9 +140,9 @@ def _kernel_backward(static, w, dy_MN):
 _kernel_product.defvjp(_kernel_forward, _kernel_backward)
 
 
-def _kernel_product_of_codes(x_MK, w, activations: str, static):
+def _kernel_product_of_codes(x_MK, w, activations: str, static, across: tuple[str, ...]):
     implementation, name, interpret = static
-    codes, scales_M1 = reference.activation_codes(x_MK, activations)
+    codes, scales_M1 = reference.activation_codes(x_MK, activations, across)
     return _module(implementation).matmul(
         codes, w, scales_M1, chip=name, interpret=interpret, out_dtype=x_MK.dtype
     )

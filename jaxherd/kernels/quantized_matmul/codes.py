@@ -18,6 +18,7 @@ for float8_e4m3fn: absmax/448, its largest finite value.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Shaped
@@ -175,6 +176,7 @@ def quantize_rows(
     *,
     convention: str = "absmax/127",
     upper_bound: float | None = None,
+    across: tuple[str, ...] = (),
 ) -> tuple[Shaped[Array, "*S M K"], Float[Array, "*S M 1"]]:
     """Return dynamic symmetric codes of activations, a scale per token: x = scale * values.
 
@@ -184,6 +186,7 @@ def quantize_rows(
       convention: of int8 scales; float8_e4m3fn uses absmax/448.
       upper_bound: of the row maximum that sets the scale (Llama 4's fp8_mixed: 1200); what is
         larger saturates.
+      across: mesh axes over which K is split, inside `shard_map`: the maximum is of whole rows.
     Raises:
       JaxherdError: another dtype or convention.
     """
@@ -194,6 +197,8 @@ def quantize_rows(
     convention = check_convention(dtype, convention if dtype == "int8" else None)
     x = x_MK.astype(jnp.float32)
     most = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), _FLOOR)
+    if across:
+        most = jax.lax.pmax(most, across)
     if upper_bound is not None:
         most = jnp.minimum(most, upper_bound)
     scales = _divide(most, float(convention.removeprefix("absmax/")))

@@ -1,12 +1,14 @@
 """Other people's layouts of quantised weights, to and from `QuantizedMatrix`, bit for bit.
 
-No value is rounded here: codes and scales are moved.  Host arrays in and out (NumPy), except where
+No value is rounded here: codes and scales are moved (but for the zero points of Q4_1, which the file
+has as products with the scale).  Host arrays in and out (NumPy), except where
 a function only transposes.  Axis letters: S stacked axes, K inner, N columns (outputs), B = K / group.
 
 | format | values | scales | source |
 |--------|--------|--------|--------|
 | GGUF Q8_0 | [N, K / 32 blocks of 34 bytes]: 32 int8 | float16 before the values | gguf 0.19 |
 | GGUF Q4_0 | blocks of 18 bytes: byte j holds q[j] low, q[j + 16] high, q = value + 8 | float16 | gguf 0.19 |
+| GGUF Q4_1 | blocks of 20 bytes: as Q4_0, w = d q + m | float16 d, then m | gguf 0.19 |
 | Llama 4 int4 | [N, K / 2] int8, even k in the low nibble | float32 [K / 128, N] | llama4.md section 9 |
 | fbgemm fp8 (HF) | gate_up [E, D, 2F], down [E, F, D] | [E, 1, 2F], [E, D, 1] | llama4.md section 9 |
 | compressed-tensors fp8 | [N, K] | per channel [N, 1] | llama4.md section 9 |
@@ -23,16 +25,20 @@ from jaxherd.core.errors import JaxherdError, nearest
 from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix, pack_int4
 
 GGUF_BLOCK = 32
-# Bytes of a block: a float16 scale, then the values.
-GGUF_BYTES = {"Q4_0": 18, "Q8_0": 34}
+# Bytes of a block: a float16 scale (in Q4_1 also a least value), then the codes.
+GGUF_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
 def from_gguf(blocks: UInt8[np.ndarray, "*S N bytes"], kind: str) -> QuantizedMatrix:
-    """Return the matrix [*S, K, N] of rows of GGUF blocks; Q4_0 comes packed.
+    """Return the matrix [*S, K, N] of rows of GGUF blocks; Q4_0 and Q4_1 come packed.
+
+    Q4_0 and Q8_0 are held exactly.  Q4_1 is w = d q + m: the codes q are kept (as q - 8) and the zero
+    point -m / d - 8 is rounded to float32, so that a weight differs by at most a few units of
+    float32's last place of the greatest weight of its block; blocks of one value are exact.
 
     Args:
       blocks: the raw bytes of a tensor [*S, N, K].
-      kind: "Q4_0" or "Q8_0".
+      kind: "Q4_0", "Q4_1" or "Q8_0".
     Raises:
       JaxherdError: another kind, or rows that are no whole number of blocks.
     """
@@ -43,19 +49,37 @@ def from_gguf(blocks: UInt8[np.ndarray, "*S N bytes"], kind: str) -> QuantizedMa
             f"from_gguf: rows of {blocks.shape[-1]} bytes are no {kind} blocks of {GGUF_BYTES[kind]}."
         )
     parts = rearrange(blocks, "... n (b size) -> ... n b size", size=GGUF_BYTES[kind])
-    scales = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0]
-    codes = np.ascontiguousarray(parts[..., 2:])
+    head = GGUF_BYTES[kind] - (GGUF_BLOCK if kind == "Q8_0" else GGUF_BLOCK // 2)
+    numbers = np.ascontiguousarray(parts[..., :head]).view("<f2")
+    codes = np.ascontiguousarray(parts[..., head:])
+    scales, zeros = numbers[..., 0], None
+    if kind == "Q4_1":
+        scales, zeros = _zero_points(numbers[..., 0], numbers[..., 1])
     if kind == "Q8_0":
         values = codes.view(np.int8)
     else:
         values = np.concatenate([codes & 0xF, codes >> 4], axis=-1).astype(np.int8) - 8
+        if kind == "Q4_1":
+            values = np.where(numbers[..., :1] == 0, np.int8(-8), values)
     values = jnp.asarray(rearrange(values, "... n b g -> ... (b g) n"))
-    packed = kind == "Q4_0"
+    packed = kind != "Q8_0"
     return QuantizedMatrix(
         pack_int4(values) if packed else values,
         jnp.asarray(rearrange(scales, "... n b -> ... b n")),
+        None if zeros is None else jnp.asarray(rearrange(zeros, "... n b -> ... b n")),
         packed=packed,
     )
+
+
+def _zero_points(scales, least):
+    """Return (scales, zeros) such that scale (q - 8 - zero) is scale q + least.
+
+    A block of one value has the scale 0: it becomes least (0 - 8 - zero) with zero = -9.
+    """
+    flat = scales == 0
+    whole = np.where(flat, np.float32(1), scales.astype(np.float32))
+    zeros = np.where(flat, np.float32(-9), -8 - least.astype(np.float32) / whole)
+    return np.where(flat, least, scales), zeros.astype(np.float32)
 
 
 def to_gguf(w: QuantizedMatrix) -> tuple[str, UInt8[np.ndarray, "*S N bytes"]]:

@@ -12,22 +12,22 @@ from jaxherd.kernels.quantized_matmul.tensor import QuantizedMatrix
 FP8_UPPER_BOUND = 1200.0
 
 
-def activation_codes(x_MK, activations: str):
-    """Return (codes, scales) of rows for "int8" or "float8_e4m3fn"."""
+def activation_codes(x_MK, activations: str, across: tuple[str, ...] = ()):
+    """Return (codes, scales) of rows for "int8" or "float8_e4m3fn"; see `quantize_rows`."""
     bound = FP8_UPPER_BOUND if activations == "float8_e4m3fn" else None
-    return quantize_rows(x_MK, activations, upper_bound=bound)
+    return quantize_rows(x_MK, activations, upper_bound=bound, across=across)
 
 
-def reference(x_MK, w: QuantizedMatrix, activations: str | None):
+def reference(x_MK, w: QuantizedMatrix, activations: str | None, across: tuple[str, ...] = ()):
     """Dequantise everything in float32, then multiply."""
     x = x_MK.astype(jnp.float32)
     if activations is not None:
-        codes, scales_M1 = activation_codes(x_MK, activations)
+        codes, scales_M1 = activation_codes(x_MK, activations, across)
         x = codes.astype(jnp.float32) * scales_M1
     return jnp.dot(x, w.dequantize(), precision="highest").astype(x_MK.dtype)
 
 
-def xla(x_MK, w: QuantizedMatrix, activations: str | None):
+def xla(x_MK, w: QuantizedMatrix, activations: str | None, across: tuple[str, ...] = ()):
     """Multiply codes where a scale per column allows it, else dequantise to the dtype of x.
 
     Packed bytes and groups are expanded in a pass of their own, before the product.
@@ -35,7 +35,7 @@ def xla(x_MK, w: QuantizedMatrix, activations: str | None):
     plain = w.blocks == 1 and w.zeros is None
     x, scales_M1 = x_MK, None
     if activations is not None:
-        x, scales_M1 = activation_codes(x_MK, activations)
+        x, scales_M1 = activation_codes(x_MK, activations, across)
         if not (plain and activations == "int8" and w.code != "float8_e4m3fn"):
             x = x.astype(x_MK.dtype)  # codes of eight bits are exact in bfloat16
     if plain:

@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from jaxherd.core.errors import JaxherdError
+from jaxherd.core.sharding import Partitioner
 
 CODES = ("int8", "int4", "float8_e4m3fn")
 
@@ -38,12 +40,15 @@ class QuantizedMatrix:
       scales: [*S, B, N] in float32, bfloat16 or float16; B = 1 is one scale per column.
       zeros: [*S, B, N] zero points as floats, or None for a symmetric code.
       packed: whether `values` holds two int4 values a byte.
+      activations: the codes to which rows that meet the matrix are rounded, "int8" or
+        "float8_e4m3fn" (see `api.quantized_matmul`), or None.
     """
 
     values: Any
     scales: Any
     zeros: Any = None
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    activations: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,6 +138,49 @@ class QuantizedMatrix:
             values = values - self.zeros.astype(jnp.float32)[..., None, :]
         w = values * self.scales.astype(jnp.float32)[..., None, :]
         return rearrange(w, "... b g n -> ... (b g) n").astype(dtype)
+
+    def specs(self, spec: PartitionSpec) -> "QuantizedMatrix":
+        """Return the partition of each part for that of the matrix, (*S, K, N).
+
+        One scale a column is whole on every device, whatever splits K.
+        """
+        spec = PartitionSpec(*spec, *(None,) * (self.ndim - len(spec)))
+        whole = PartitionSpec(*spec[:-2], None, spec[-1])
+        scales = spec if self.blocks > 1 else whole
+        zeros = None if self.zeros is None else scales
+        return dataclasses.replace(self, values=spec, scales=scales, zeros=zeros)
+
+    def check_cut(self, partitioner: Partitioner, spec: PartitionSpec, what: str) -> None:
+        """Raise a JaxherdError unless a split along K keeps groups, and bytes of two rows, whole."""
+        spec = PartitionSpec(*spec, *(None,) * (self.ndim - len(spec)))
+        part = spec[-2]
+        shards = partitioner.axis_size(*((part,) if isinstance(part, str) else part or ()))
+        if self.blocks > 1 and self.blocks % shards:
+            raise JaxherdError(
+                f"{what}: {shards} shards of mesh axes {part!r} would cut the {self.blocks} groups of "
+                f"{self.group} rows that share a scale: choose a layout whose axes divide "
+                f"{self.blocks}, smaller groups, or a scale per column."
+            )
+        if self.values.shape[-2] % shards:
+            raise JaxherdError(
+                f"{what}: {self.values.shape[-2]} rows of codes do not divide by the {shards} shards of "
+                f"mesh axes {part!r}: choose a layout whose axes divide them."
+            )
+
+    def shardings(self, partitioner: Partitioner, names: Any, what: str) -> "QuantizedMatrix":
+        """Return the sharding of each part, given the logical axes (*S, K, N) of the matrix.
+
+        Raises:
+          JaxherdError: a dimension that its mesh axes do not divide, or a group that a shard cuts.
+        """
+        spec = partitioner.spec(names)
+        partitioner.check_divisible(names, spec, self.shape, what)
+        self.check_cut(partitioner, spec, what)
+        return jax.tree.map(
+            lambda part: NamedSharding(partitioner.mesh, part),
+            self.specs(spec),
+            is_leaf=lambda part: isinstance(part, PartitionSpec),
+        )
 
     def pack(self) -> "QuantizedMatrix":
         """Return the same int4 matrix with two values a byte.

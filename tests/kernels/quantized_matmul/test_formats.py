@@ -74,8 +74,8 @@ def test_gguf_refuses_what_it_cannot_hold():
         formats.to_gguf(quantize(w, bits=4, group=32))
     with pytest.raises(JaxherdError, match="no GGUF block"):
         formats.to_gguf(quantize(w, bits=8, group=32, symmetric=False, scale_dtype=jnp.float16))
-    with pytest.raises(JaxherdError, match="did you mean 'Q4_0'"):
-        formats.from_gguf(np.zeros((1, 18), np.uint8), "Q4_1")
+    with pytest.raises(JaxherdError, match="Choices: Q4_0, Q4_1, Q8_0"):
+        formats.from_gguf(np.zeros((1, 18), np.uint8), "Q4_x")
     with pytest.raises(JaxherdError, match="rows of 17 bytes"):
         formats.from_gguf(np.zeros((1, 17), np.uint8), "Q4_0")
 
