@@ -8,6 +8,7 @@ PARAMETER_AXES: dict[str, str] = {
     "layers": "stacked layers of one kind (scanned over)",
     "vocab": "vocabulary entries of an embedding table or output projection",
     "embed": "model width D",
+    "head_embed": "model width D of an output projection of its own",
     "heads": "query heads times head size, flattened",
     "kv_heads": "key/value heads times head size, flattened",
     "mlp": "hidden width F of a feed-forward block",

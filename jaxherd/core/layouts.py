@@ -16,6 +16,9 @@ DEFAULT_RULES: Mapping[str, Rule] = {
     "layers": (),
     "vocab": ("tensor",),
     "embed": ("fsdp", "sequence", "expert"),
+    # The head is gathered whole in one piece that nothing hides: last over the experts' axis, which is
+    # the one of more links where they are many.
+    "head_embed": ("expert", "fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),

@@ -83,7 +83,7 @@ def _local(x, w_KN: QuantizedMatrix, across: tuple[str, ...] = ()):
 
 def _split(partitioner: sharding.Partitioner, name: str | None) -> tuple[str, ...]:
     """Return the mesh axes along which activations are split as well; others only store weights."""
-    return () if name in (None, "embed") else partitioner.mesh_axes(name)
+    return () if name in (None, "embed", "head_embed") else partitioner.mesh_axes(name)
 
 
 def _names(part) -> tuple[str, ...]:

@@ -294,7 +294,7 @@ class Decoder(Module):
         self.unembedding = (
             None
             if config.tie_embeddings
-            else Linear(d, config.vocab_size, ("embed", "vocab"), key=u, std=config.init_std)
+            else Linear(d, config.vocab_size, ("head_embed", "vocab"), key=u, std=config.init_std)
         )
         use_formats(self, config.formats)
 
