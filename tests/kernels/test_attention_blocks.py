@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxherd.kernels.attention import AttentionMask, blocks, pallas_gpu, splash
@@ -113,6 +113,7 @@ def test_the_map_is_splashs_own(kind, size):
     kind=KINDS, size=st.integers(1, 300), length=st.integers(1, 500), traced=st.booleans(),
     prefix=st.integers(0, 300),
 )  # fmt: skip
+@settings(max_examples=8)
 def test_triton_walks_the_needed_blocks_alone(kind, size, length, traced, prefix):
     """A block's run of blocks, from both sides; of known and of traced numbers."""
     p = jnp.arange(length, dtype=jnp.int32)[None]
