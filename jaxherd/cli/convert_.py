@@ -16,6 +16,7 @@ def main(
     /,
     to: Literal["hf", "jaxherd"] = "hf",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    quantise: str | None = None,
 ) -> int:
     """Write a model as a Hugging Face folder or in jaxherd's own format, with its tokenizer.
 
@@ -29,7 +30,11 @@ def main(
         folder: where to write; must not exist or be empty.
         to: format of the result.
         dtype: of the weights; the source's own if not given.
+        quantise: keep weights in few bits (--to jaxherd): int8, int8_group32, int4, int4_group32; of
+            Llama 4 int4_mixed, int4_mixed_offline, fp8_mixed; as_stored keeps the file's own codes.
     """
+    if quantise is not None and to != "jaxherd":
+        raise JaxherdError("weights in few bits have no Hugging Face form here: --to jaxherd.")
     common.use_platform("cpu")
     import jaxherd
     from jaxherd.weights.generation import companion_files, generation_defaults
@@ -40,6 +45,8 @@ def main(
     from jaxherd.methods.published_music import published_folder
 
     music = published_folder(source)
+    if music is not None and quantise is not None:
+        raise JaxherdError(f"{source!r} is a music model, which is not quantised: leave it away.")
     if music is not None:
         return _music(str(music), folder, to, dtype)
     materials = materials_of(source)
@@ -48,7 +55,7 @@ def main(
         materials.check_export(folder.resolve().name)
     companions, has_tokenizer = companion_files(source)
     tokenizer = None if has_tokenizer else _tokenizer(source)
-    module = jaxherd.load(source, dtype=dtype)
+    module = jaxherd.load(source, dtype=dtype, quantise=quantise)
     jaxherd.save(
         module,
         folder,

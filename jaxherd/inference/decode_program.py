@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxherd.core.errors import JaxherdError
 from jaxherd.core.modules import abstract, cast_floating, split
 from jaxherd.core.sharding import Partitioner
-from jaxherd.layers.kv_cache import LayerCache
 from jaxherd.models.decoder import DecoderConfig
 
 
@@ -23,7 +22,7 @@ def decode_program(
     """Return (step, its arguments as shapes with shardings).
 
     `step(params, buffers, cache, tokens_B, positions_B)` gives the cache, which is donated, and the
-    next tokens.
+    next tokens; the cache is a list of its arrays (`jax.tree.leaves` of `Decoder.init_cache`).
 
     Args:
       config: of a decoder, with weights in few bits or not.
@@ -47,22 +46,30 @@ def decode_program(
         _placed(tree, partitioner.tree_shardings(axes, tree))
         for tree, axes in zip(parts, definition.axes())
     ]
-    cache = jax.eval_shape(
-        lambda *trees: definition.merge(*trees).init_cache(rows, length), *weights
-    )
-    held = jax.tree.map(
-        lambda layers: _cache_shardings(partitioner, layers),
-        cache,
-        is_leaf=lambda node: isinstance(node, LayerCache),
-    )
+    structure = []
+
+    def empty_cache(*trees):
+        leaves, tree = jax.tree.flatten(definition.merge(*trees).init_cache(rows, length))
+        structure.append(tree)
+        return leaves
+
+    # Of arrays alone: the classes of caches hold no shapes or shardings.
+    cache = jax.eval_shape(empty_cache, *weights)
+    # Keys and values; positions have the first three dimensions.
+    names = ("layers", "batch", "kv_length", "act_kv_heads", "head_dim")
+    held = [partitioner.sharding(names[: c.ndim], c.shape, "the cache") for c in cache]
     row = partitioner.sharding(("batch",), (rows,), "rows that decode together")
 
     def step(params, buffers, cache, tokens_B, positions_B):
         with partitioner.activate():
             model = definition.merge(params, buffers)
-            output = model.forward(tokens_B[:, None], positions=positions_B[:, None], cache=cache)
+            output = model.forward(
+                tokens_B[:, None],
+                positions=positions_B[:, None],
+                cache=structure[0].unflatten(cache),
+            )
             logits_BV = model.unembed(output.hidden_BTD[:, 0])
-        return output.cache, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jax.tree.leaves(output.cache), jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=row)
     compiled = jax.jit(step, donate_argnums=(2,), out_shardings=(held, row))
@@ -81,13 +88,6 @@ def decode_flops(config: DecoderConfig, rows: int, length: int) -> float:
     keys = sum(a.cache_capacity(length) * a.num_heads * a.head_dim for a in attentions)
     per_row = 2.0 * (weights * config.repeats + d * config.vocab_size) + 4.0 * keys * config.repeats
     return rows * per_row
-
-
-def _cache_shardings(partitioner: Partitioner, cache: LayerCache) -> LayerCache:
-    names = ("layers", "batch", "kv_length", "act_kv_heads", "head_dim")
-    values = partitioner.sharding(names, cache.k.shape, "the cache")
-    places = partitioner.sharding(names[:3], cache.positions.shape, "the cache")
-    return LayerCache(values, values, places)  # pyright: ignore[reportArgumentType]
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

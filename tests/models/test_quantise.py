@@ -47,21 +47,27 @@ def dense():
     )  # fmt: skip
 
 
-MODELS = {"scout": scout, "four": lambda: scout(4), "dense": dense}
+MODELS = {"scout": scout, "three": lambda: scout(3), "dense": dense}
+
+
+# One layer is the first and the last: there too all experts count.
+OF_ALL_KINDS = dataclasses.replace(
+    RECIPES["fp8_mixed"],
+    ends=True,
+    attention=RECIPES["int8_group32"].attention,
+    shared_expert=RECIPES["int4"].shared_expert,
+    head=RECIPES["int8"].head,
+)
 
 
 @functools.cache
 def module(model: str):
-    return MODELS[model]().build(jax.random.key(0))
+    return jax.jit(MODELS[model]().build)(jax.random.key(0))
 
 
 @functools.cache
 def coded(model: str, recipe: str):
-    # One layer is the first and the last: there all experts count.
-    whole = recipe == "fp8_mixed" and model != "four"
-    return quantise(
-        module(model), dataclasses.replace(RECIPES[recipe], ends=True) if whole else recipe
-    )
+    return quantise(module(model), OF_ALL_KINDS if recipe == "all kinds" else recipe)
 
 
 @jax.jit
@@ -117,10 +123,10 @@ def test_which_matrices():
     assert {f.code for _, f in found.layers[0].formats} == {"int4"}
 
 
-@pytest.mark.parametrize("recipe", ["int4_mixed", "int4_mixed_offline", "fp8_mixed"])
+@pytest.mark.parametrize("recipe", ["int4_mixed_offline", "fp8_mixed"])
 def test_codes_are_those_of_the_quantiser(recipe):
     """And the rest of the model is untouched, whatever stacks the layers now lie in."""
-    old, new = restack(module("four"), scan_layers=False), coded("four", recipe)
+    old, new = restack(module("three"), scan_layers=False), coded("three", recipe)
     new = restack(new, scan_layers=False)
     old, new = flatten(split(old)[1]), flatten(split(new)[1])
     assert old.keys() == new.keys()
@@ -144,10 +150,7 @@ def test_codes_are_those_of_the_quantiser(recipe):
             assert bool((error <= jnp.where(saturated, 1.0, 0.5) * step * 1.0001).all())
 
 
-@pytest.mark.parametrize(
-    "model, recipe",
-    [("scout", "int4_mixed"), ("scout", "int8"), ("dense", "int4_group32"), ("dense", "int8")],
-)
+@pytest.mark.parametrize("model, recipe", [("scout", "int4_mixed"), ("dense", "int4_group32")])
 def test_logits_are_those_of_the_numbers(model, recipe):
     """In float32 the arithmetic is the same but for where the scale multiplies: 1e-4."""
     few = coded(model, recipe)
@@ -158,12 +161,11 @@ def test_logits_are_those_of_the_numbers(model, recipe):
     assert float(jnp.abs(found - logits(module(model), TOKENS)).max()) > 1e-3
 
 
-@pytest.mark.parametrize("model, recipe", [("scout", "int4_mixed"), ("dense", "int4_group32")])
-def test_greedy_decoding_is_that_of_the_numbers(model, recipe):
-    few = coded(model, recipe)
-    prompts = [[3, 5, 7, 11, 2], [1, 60]]
-    found = jaxherd.generate(few, prompts, max_new_tokens=12)
-    assert found == jaxherd.generate(dequantised(few), prompts, max_new_tokens=12)
+def test_greedy_decoding_is_that_of_the_numbers():
+    few = coded("dense", "int4_group32")
+    prompt = [3, 5, 7, 11, 2]
+    found = jaxherd.generate(few, prompt, max_new_tokens=12)
+    assert found == jaxherd.generate(dequantised(few), prompt, max_new_tokens=12)
 
 
 def test_another_implementation_of_the_products():
@@ -203,8 +205,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "model, recipe, layout",
     [
-        ("scout", "fp8_mixed", "tensor2_expert2_fsdp2"),
-        ("scout", "int8_group32", "tensor2_expert2_fsdp2"),
+        ("scout", "all kinds", "tensor2_expert2_fsdp2"),
         ("dense", "int4", "tensor4_fsdp2"),
     ],
 )

@@ -28,11 +28,11 @@ TOKENS = jnp.asarray(np.random.RandomState(0).randint(0, 40, (2, 9)), jnp.int32)
 @functools.cache
 def scout():
     config = presets.llama4_text(
-        vocab_size=40, embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
-        num_experts=2, expert_dim=128, dense_dim=64, moe_step=2, nope_interval=4, chunk_size=4,
+        vocab_size=40, embed_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+        num_experts=2, expert_dim=128, chunk_size=4,
         init_std=0.1, max_length=64,
     )  # fmt: skip
-    return config.build(jax.random.key(0))
+    return jax.jit(config.build)(jax.random.key(0))
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def dense():
         vocab_size=40, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         hidden_dim=96, init_std=0.2, max_length=64,
     )  # fmt: skip
-    return config.build(jax.random.key(0))
+    return jax.jit(config.build)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,6 @@ def coded(module) -> dict[str, QuantizedMatrix]:
     [
         ("scout", "int4_mixed", None),
         ("scout", "fp8_mixed", None),
-        ("dense", "int4_group32", None),
         ("dense", "int8", "bfloat16"),
     ],
 )
@@ -96,9 +95,9 @@ def test_on_the_fly_is_bit_for_bit_what_comes_after_loading(
     assert sum(allocated) == sum(bytes_by_dtype(found).values())
 
 
-@pytest.mark.parametrize("source, recipe", [("scout", "int4_mixed"), ("dense", "int8")])
-def test_our_format_keeps_codes(folders, tmp_path, source, recipe):
-    module = jaxherd.load(folders[source], quantise=recipe)
+def test_our_format_keeps_codes(folders, tmp_path):
+    recipe = "int4_group32"
+    module = jaxherd.load(folders["dense"], quantise=recipe)
     folder = jaxherd.save(module, tmp_path / "own", max_shard_bytes=50_000)
     assert_same(jaxherd.load(folder), module)
     # The dtype is that of plain weights: scales and codes stay.
@@ -113,8 +112,6 @@ def test_our_format_keeps_codes(folders, tmp_path, source, recipe):
     with pytest.raises(JaxherdError, match="format='jaxherd' alone"):
         jaxherd.save(module, tmp_path / "hf", format="hf")
     assert not (tmp_path / "hf").exists()
-    plain = jaxherd.save(module.config.build(jax.random.key(1)), tmp_path / "fp8")
-    assert jaxherd.load(plain).config == module.config
 
 
 def test_our_format_of_plain_weights_is_quantised_on_the_fly(folders, tmp_path):
@@ -152,10 +149,11 @@ def test_gguf_keeps_its_codes(folders, tmp_path, kind):
     for name, value in wanted.items():
         atol = 1e-6 * float(jnp.abs(value).max()) if kind == "Q4_1" else 0
         np.testing.assert_allclose(numbers[name], value, rtol=0, atol=atol)
-    run = jax.jit(lambda m: m(TOKENS))
-    np.testing.assert_allclose(run(stored), run(plain), atol=1e-4, rtol=1e-4)
-    # Another recipe quantises what the codes stand for.
-    assert_same(jaxherd.load(path, quantise="int8"), quantise(plain, "int8"))
+    if kind == "Q4_1":
+        run = jax.jit(lambda m: m(TOKENS))
+        np.testing.assert_allclose(run(stored), run(plain), atol=1e-4, rtol=1e-4)
+    if kind == "Q4_0":  # another recipe quantises what the codes stand for
+        assert_same(jaxherd.load(path, quantise="int8"), quantise(plain, "int8"))
 
 
 def test_q4_1_blocks_of_one_value_are_exact():
