@@ -89,7 +89,7 @@ def kernels(length: int, batch: int, packed: bool):
         # One grid for both rows; the fused gradient.
         (512, 2, False, {"fwd": 2, "dkv": 5}),
         # Nine blocks of 128 and documents: rows in a loop, and two gradient kernels.
-        (1152, 2, True, {"fwd": 2, "dkv": 4, "dq": 3}),
+        (9216, 2, True, {"fwd": 2, "dkv": 4, "dq": 3}),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
