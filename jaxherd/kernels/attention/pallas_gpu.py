@@ -49,7 +49,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask: AttentionMask, scale: float, *, interpr
     )
     static = (rule.window, row_pairs(mask, length, keys), interpret)
     q_BTNH = (q_BTNH * scale).astype(q_BTNH.dtype)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, tokens, (queries_Bq2, keys_Bs2), static)
+    out_BTNH: Any = _attention(q_BTNH, k_BSKH, v_BSKH, tokens, (queries_Bq2, keys_Bs2), static)
+    return out_BTNH
 
 
 def _runs(rule: IndexRule, length: int, keys: int) -> tuple[Any, Any]:
@@ -72,13 +73,13 @@ def _runs(rule: IndexRule, length: int, keys: int) -> tuple[Any, Any]:
         return _ends(needed, xp), _ends(needed.T, xp)
 
     if all(x.shape[0] == 1 for x in given):
-        found = one(*(None if x is None else x[0] for x in arrays))
-        return tuple(jnp.asarray(ends, jnp.int32)[None] for ends in found)  # type: ignore
+        ends_q, ends_s = one(*(None if x is None else x[0] for x in arrays))
+        return jnp.asarray(ends_q, jnp.int32)[None], jnp.asarray(ends_s, jnp.int32)[None]
     # What all rows share is the same for each.
     shared = (x if x is None or x.shape[0] > 1 else x[0] for x in arrays)
     axes = tuple(None if x is None or x.shape[0] == 1 else 0 for x in arrays)
-    found = jax.vmap(one, in_axes=axes)(*shared)
-    return tuple(ends.astype(jnp.int32) for ends in found)
+    ends_q, ends_s = jax.vmap(one, in_axes=axes)(*shared)
+    return ends_q.astype(jnp.int32), ends_s.astype(jnp.int32)
 
 
 def _ends(needed, xp):
@@ -97,7 +98,7 @@ def _attention(q_BTNH, k_BSKH, v_BSKH, tokens, runs, static):
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, tokens, runs, static):
     window, pairs, interpret = static
-    batch, length, heads, size = q_BTNH.shape
+    batch, length, heads, _ = q_BTNH.shape
     out_BTNH, peak_BNT = pl.pallas_call(
         functools.partial(_forward_kernel, window=window),
         grid=(pl.cdiv(length, _BLOCK), heads, batch),
