@@ -174,7 +174,19 @@ def _chunked_backward(score, z_loss, vocab_size, chunk_bytes, parts, saved, d_su
     total, d_parts = jax.lax.scan(body, start, chunks)
     # As all other gradients it travels in the dtype that the step computes in.
     d_head = parts.scatter(jax.tree.map(lambda t, x: t.astype(x.dtype), total, head))
-    return d_head, jnp.moveaxis(d_parts, 0, 2).reshape(hidden.shape), None, None
+    d_hidden = jnp.moveaxis(d_parts, 0, 2).reshape(hidden.shape)
+    return d_head, _after(d_head, d_hidden), None, None
+
+
+def _after(d_head, d_hidden):
+    """Return the gradient of the hidden states, which goes on when that of the head is shared out.
+
+    Else the compiler may leave the latter for the end of the step, and the whole head in float32 lies
+    in memory beside all that layers keep.  It orders what depends on each other, and so this does:
+    where the head's gradient is no number, neither is this.
+    """
+    one = jax.tree.leaves(d_head)[0].reshape(-1)[0].astype(d_hidden.dtype)
+    return jnp.where(one == one, d_hidden, one)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

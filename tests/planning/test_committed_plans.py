@@ -45,18 +45,17 @@ def test_music_plans_are_of_the_recipe(stage, most, slice_name):
 
 
 def test_scouts_step_is_within_its_marks():
-    """At 8,192 tokens a chip on v5p:4x4x8.
+    """At 8,192 tokens a chip on v5p:4x4x8: at most 30 GiB a chip (public stack: 41).
 
-    What nothing hides of the collectives is at most 0.15 of their ideal time (public stack: 1.0), and
-    work that is no matrix product at most 0.2 of the core's (public: 0.33).  Memory is a little above
-    the 30 GiB that were wanted (public: 41); tpu/README.md says for what.
+    What nothing hides of the collectives is at most 0.15 of their ideal time (public: 1.0), and
+    work that is no matrix product at most 0.2 of the core's (public: 0.33).
     """
     plan = json.loads(
         (resources.folder("tpu") / "plans" / "llama4-scout-v5p-4x4x8.json").read_text()
     )
     assert plan["tokens_per_step"] == 8192 * 128
     assert plan["flops_per_step"] == catalog.load("llama4/scout", "full").stages[0].flops_per_step()
-    assert plan["hbm_gib_per_chip"] <= 30.5
+    assert plan["hbm_gib_per_chip"] <= 30
     assert plan["exposed_collective_share"] <= 0.15
     assert plan["non_matmul_share"] <= 0.2
 
