@@ -1,6 +1,6 @@
 """Bytes and held-out loss of one model with its weights kept in several ways.
 
-    python tests/benchmarks/quantised_model.py [SOURCE] [--corpus python+shakespeare] [--batches 6]
+    python tests/benchmarks/quantised_model.py [SOURCE] [--corpus python+shakespeare] [--batches 4]
 
 Rows of 512 tokens of the recipes' held-out part, four a batch.  Everything is computed in float32 on
 the CPU, also for "bfloat16", whose weights are rounded to it: what differs is the weights alone.
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", nargs="?", default="smollm2-135m-instruct")
     parser.add_argument("--corpus", default="python+shakespeare")
-    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
     a = parser.parse_args()
 
