@@ -102,14 +102,10 @@ def _splash_pays(q_BTHD, k_BSKD, mask) -> bool:
     from jaxherd.kernels.attention import splash
 
     length, keys = q_BTHD.shape[1], k_BSKD.shape[1]
-    fits = _fills_blocks(length)
+    # Short rows would be padded to a block of 128; their whole scores are cheap.
+    fits = length >= 1024 or -length % 128 <= length // 16
     if mask.kind == "bidirectional" and keys != length:
-        # Of keys in an order a kernel skips what it must not see; these are padded to whole blocks.
-        # Scores of a single one stay in fast memory without a kernel (README.md).
-        fits &= keys > 128 and _fills_blocks(keys)
+        # Scores of a single block of keys stay in fast memory without a kernel; XLA fills lanes of
+        # 128 as well, so that the padding of more is no reason (README.md).
+        fits &= keys > 128
     return platform() == "tpu" and fits and splash.unsupported(q_BTHD, k_BSKD, mask) is None
-
-
-def _fills_blocks(length: int) -> bool:
-    """Whether little of the blocks of 128 is padding: where it is much, whole scores are cheap."""
-    return length >= 1024 or -length % 128 <= length // 16
